@@ -1,0 +1,1 @@
+"""How people touch Kangaroo: the command line and the pages in the browser."""

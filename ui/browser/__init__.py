@@ -1,0 +1,1 @@
+"""The Gradio pages. They speak to the gateway as any API client does."""
