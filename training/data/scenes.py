@@ -1,0 +1,58 @@
+"""Generated pictures with questions, answers and captions that are true by construction.
+
+A scene is decided first (`scene_facts`), then drawn (`scene_drawing`), asked about (`scene_questions`) and described
+(`scene_captions`). Everything is drawn from the seed, so one number names a picture and all its words, on any run.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image
+
+from training.data.scene_captions import describe
+from training.data.scene_drawing import draw
+from training.data.scene_facts import KIND_WEIGHTS, SCENE_KINDS, SceneKind, decide
+from training.data.scene_questions import Question, ask
+
+__all__ = ["EVALUATION_SEED", "SCENE_KINDS", "SMALLEST_SIDE", "Question", "Scene", "SceneKind", "make_scene"]
+
+EVALUATION_SEED = 1_000_000_000  # training stays below this seed and evaluation starts at it, so no scene is in both
+SMALLEST_SIDE = 64  # below this the digits of a chart cannot be read
+LARGEST_SIDE = 2048
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture (RGB, side x side) with two captions and four to eight questions about it."""
+
+    seed: int
+    kind: str
+    image: Image.Image
+    captions: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Scene:
+    """Makes the scene that `seed` names.
+
+    The words do not depend on `side`, and asking for the kind that a seed has anyway changes nothing.
+
+    Args:
+        seed: 0 or more. `EVALUATION_SEED` and above are never trained on.
+        side: width and height in pixels.
+        kind: drawn from the seed where None.
+
+    Raises:
+        ValueError: for a negative seed, a side outside 64 to 2048 pixels, or an unknown kind.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, and has to be 0 or more")
+    if not SMALLEST_SIDE <= side <= LARGEST_SIDE:
+        raise ValueError(f"side is {side} pixels, and has to be from {SMALLEST_SIDE} to {LARGEST_SIDE}")
+    if kind is not None and kind not in SCENE_KINDS:
+        raise ValueError(f"kind is {kind!r}, and has to be one of {', '.join(SCENE_KINDS)}")
+    random = Random(seed)
+    drawn_kind = random.choices(SCENE_KINDS, [KIND_WEIGHTS[name] for name in SCENE_KINDS])[0]
+    facts = decide(kind or drawn_kind, random)
+    captions, questions = describe(facts, random), ask(facts, random)
+    return Scene(seed, facts.kind, draw(facts, side, random), captions, questions)
