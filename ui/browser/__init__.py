@@ -1,1 +1,1 @@
-"""The Gradio pages. They speak to the gateway as any API client does."""
+"""The Gradio pages, which speak to the gateway as any API client does."""

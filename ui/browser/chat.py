@@ -38,13 +38,14 @@ _STATE_WORDS = {
     "ready": "Ready",
     "loading": "Starting the engine",
     "dead": "The engine has stopped",
+    "stopped": "The engine has stopped",
     "unreachable": "The server does not answer",
 }
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the engine is doing: `state` is one of ready, loading, dead, unreachable; `reason` says more."""
+    """What the engine is doing: `state` is loading, ready, dead, stopped or unreachable; `reason` says more."""
 
     state: str
     reason: str = ""

@@ -42,7 +42,7 @@ CSS = """
 #status .light { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--neutral-400); }
 #status .ready .light { background: #3f9b63; }
 #status .loading .light { background: #d29a2c; animation: breathe 1.6s ease-in-out infinite; }
-#status .dead .light, #status .unreachable .light { background: #c94f4f; }
+#status .dead .light, #status .stopped .light, #status .unreachable .light { background: #c94f4f; }
 @keyframes breathe { 50% { opacity: 0.3; } }
 @media (prefers-reduced-motion: reduce) { #status .loading .light { animation: none; } }
 #chat, #box, #settings { border-radius: 14px; }

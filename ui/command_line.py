@@ -1,0 +1,224 @@
+"""The command `kangaroo`: the one place that knows every package, and imports each one late so that help is instant."""
+
+import os
+import signal
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import fastapi
+    from PIL.Image import Image
+
+DISTRIBUTION = "kangaroo-assistant"
+CAPTION_BATCH = 8
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+app = typer.Typer(
+    name="kangaroo",
+    help="A visual assistant: chat about pictures, serve it, teach it.",
+    epilog="Start with: kangaroo chat",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A model folder or a hub name (organisation/name).", show_default="Joey"),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A model folder or a hub name (organisation/name).", show_default="Joey")
+]
+HostOption = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")]
+PicturesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.", show_default=False)]
+
+
+@contextmanager
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the command with one line on standard error and exit code 1 where an error of these kinds comes up."""
+    try:
+        yield
+    except kinds as error:
+        raise fail(str(error)) from error
+
+
+def fail(message: str) -> typer.Exit:
+    """Says what is wrong on standard error, and gives the exception that ends the command with exit code 1."""
+    tell(message)
+    return typer.Exit(1)
+
+
+def tell(message: str) -> None:
+    """Prints one line on standard error, not wrapped and not coloured, so that it can be searched and parsed."""
+    print(f"kangaroo: {message}", file=sys.stderr, flush=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kangaroo {version(DISTRIBUTION)}")
+        raise typer.Exit
+
+
+@app.callback()
+def kangaroo(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A visual assistant: chat about pictures, serve it, teach it."""
+
+
+@app.command(epilog="Example: kangaroo chat --open")
+def chat(
+    model: ModelArgument = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page and the API.")] = 7860,
+    host: HostOption = "127.0.0.1",
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Chat about pictures in the browser; the API is there too, under /v1."""
+    with tempfile.TemporaryDirectory(prefix="kangaroo-") as uploads:
+        # What visitors upload goes away with the server. Gradio reads this when it is imported.
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        run_server(model, host, port, with_page=True, open_page=open_page)
+
+
+@app.command(epilog="Example: kangaroo serve --port 8000")
+def serve(
+    model: ModelArgument = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the API.")] = 8000,
+    host: HostOption = "127.0.0.1",
+) -> None:
+    """Serve the OpenAI-compatible API, without the page."""
+    run_server(model, host, port, with_page=False)
+
+
+@app.command(epilog='Example: kangaroo ask photo.jpg "What is the dog doing?"')
+def ask(
+    images: PicturesArgument,
+    question: Annotated[str, typer.Argument(help="The question, in quotes.", show_default=False)],
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Cut the answer off after so many tokens.")] = 256,
+) -> None:
+    """Ask about one or more pictures, here in the terminal; no server is needed."""
+    from assistant.images import PictureError, open_picture
+
+    if not question.strip():
+        raise fail('the question is empty. Example: kangaroo ask photo.jpg "What is the dog doing?"')
+    if Path(question).is_file():
+        raise fail(f'{question} is a file; the question comes last. Example: kangaroo ask {question} "What is this?"')
+    with plain_errors(PictureError):
+        pictures = tuple(open_picture(path) for path in images)
+
+    from assistant.answering import Assistant, Request
+    from assistant.checkpoint import ModelError
+
+    with plain_errors(ModelError):
+        assistant = Assistant.load(model)
+    for piece in assistant.stream(Request(question.strip(), pictures), max_new_tokens=max_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(epilog="Example: kangaroo caption holiday/*.jpg")
+def caption(images: PicturesArgument, model: ModelOption = None) -> None:
+    """Describe each picture in one line; a picture that cannot be read is named and the rest go on."""
+    captioner: Callable[[Sequence[Image]], list[str]] | None = None
+    unread = 0
+    for start in range(0, len(images), CAPTION_BATCH):
+        opened = open_readable(images[start : start + CAPTION_BATCH])
+        unread += len(images[start : start + CAPTION_BATCH]) - len(opened)
+        if not opened:
+            continue
+        captioner = captioner or load_captioner(model)
+        for (path, _), text in zip(opened, captioner([picture for _, picture in opened]), strict=True):
+            print(f"{path}: {' '.join(text.split())}", flush=True)
+    if unread:
+        raise fail(f"{unread} of {len(images)} pictures could not be read.")
+
+
+# `kangaroo train` goes here: a command that imports training.recipe late.
+
+
+def open_readable(paths: Sequence[Path]) -> "list[tuple[Path, Image]]":
+    """The pictures that can be read, with their paths; each of the others is named on standard error."""
+    from assistant.images import PictureError, open_picture
+
+    opened = []
+    for path in paths:
+        try:
+            opened.append((path, open_picture(path)))
+        except PictureError as error:
+            tell(str(error))
+    return opened
+
+
+def load_captioner(model: str | None) -> "Callable[[Sequence[Image]], list[str]]":
+    """A function that captions a batch of pictures; ends the command when the model cannot be loaded."""
+    from assistant.answering import CAPTION_QUESTION, Assistant, Request
+    from assistant.checkpoint import ModelError
+
+    with plain_errors(ModelError):
+        assistant = Assistant.load(model)
+    return lambda pictures: assistant.answer_batch([Request(CAPTION_QUESTION, (picture,)) for picture in pictures])
+
+
+def run_server(model: str | None, host: str, port: int, with_page: bool, open_page: bool = False) -> None:
+    """Runs engine and gateway, with the page where wanted, until Ctrl-C; exit code 130 then."""
+    from assistant.checkpoint import ModelError, find_model
+
+    with plain_errors(ModelError):
+        folder = find_model(model)
+    name = folder.name if model is None or Path(model).exists() else model
+
+    from serving.gateway import serve as serve_gateway
+
+    def attach(gateway: "fastapi.FastAPI") -> "fastapi.FastAPI":
+        from ui.browser.chat import attach_page, build_page
+
+        address = f"http://{bracketed(LOOPBACK.get(host, host))}:{port}"
+        attach_page(gateway, build_page(f"{address}/v1", api_key=None, model_name=name))
+        if open_page:
+            # The port listens already, so that the browser waits for the page instead of finding nothing there.
+            webbrowser.open(address)
+        return gateway
+
+    interrupted = remembered_interrupt()
+    code = serve_gateway(folder, name, host, port, attach=attach if with_page else None)
+    raise typer.Exit(130 if interrupted() else code)
+
+
+def remembered_interrupt() -> Callable[[], bool]:
+    """Remembers whether Ctrl-C came: the server ends in order then, and returns as if nobody had pressed it."""
+    pressed = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    return lambda: pressed
+
+
+def bracketed(host: str) -> str:
+    """An IPv6 address as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
+def main() -> None:
+    """The entry point of the command `kangaroo`."""
+    app(prog_name="kangaroo")
+
+
+if __name__ == "__main__":
+    main()
