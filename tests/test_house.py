@@ -97,37 +97,10 @@ def our_modules(*folders: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def tracked_files() -> list[str]:
-    """What git keeps, less what was just deleted."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout, so nothing says which files are ours")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
-
-
-def map_of_tree(files: list[str]) -> set[str]:
-    """What the README's map must list: each top-level file and folder, and each folder and module of the packages."""
-    entries = set()
-    for file in files:
-        parts = file.split("/")
-        entries.add(parts[0] if len(parts) == 1 else parts[0] + "/")
-        if parts[0] in PACKAGES:
-            entries.update("/".join(parts[:depth]) + "/" for depth in range(1, len(parts)))
-            if file.endswith(".py") and parts[-1] != "__init__.py":
-                entries.add(file)
-    return entries
-
-
-def map_of_readme(readme: str) -> dict[str, str]:
-    """The map's entries and their one-line jobs: the fenced block under the heading "The file map"."""
-    block = re.search(r"^## The file map$.*?^```text\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
-    assert block, "README.md has no fenced block of `text` under the heading '## The file map'"
-    entries: dict[str, str] = {}
-    for line in filter(str.strip, block[1].splitlines()):
-        path, _, job = line.strip().partition(" ")
-        assert path not in entries, f"README.md's file map lists {path} twice"
-        entries[path] = job.strip()
-    return entries
+def check_map(root: Path) -> subprocess.CompletedProcess[str]:
+    """What the checker of the README's file map says of a checkout."""
+    command = [sys.executable, str(ROOT / "scripts" / "file_map.py"), "--check", "--root", str(root)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("path", our_modules(*PACKAGES))
@@ -196,25 +169,30 @@ def test_a_library_that_is_imported_is_declared(path: str) -> None:
     assert undeclared == set(), f"{path} imports what pyproject.toml does not declare"
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: nothing says which files are ours")
 def test_the_readme_maps_the_tree() -> None:
-    entries, tree = map_of_readme((ROOT / "README.md").read_text()), map_of_tree(tracked_files())
-    missing, stale = sorted(tree - entries.keys()), sorted(entries.keys() - tree)
-    assert not missing, f"README.md's file map lacks {missing}"
-    assert not stale, f"README.md's file map lists what is not there: {stale}"
-    unsaid = sorted(path for path, job in entries.items() if not job)
-    assert not unsaid, f"README.md's file map does not say what these are for: {unsaid}"
+    checked = check_map(ROOT)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_the_map_of_a_tree() -> None:
-    tree = ["Makefile", "docs/a/b.md", "ui/__init__.py", "ui/browser/chat.py", "ui/browser/examples/a.png"]
-    assert map_of_tree(tree) == {
-        "Makefile",
-        "docs/",
-        "ui/",
-        "ui/browser/",
-        "ui/browser/chat.py",
-        "ui/browser/examples/",
-    }
+def test_a_wrong_map_is_found(tmp_path: Path) -> None:
+    for name in ("ui/new.py", "ui/said.py", "docs/a.md", "Makefile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('"""Does things."""\n')
+    lines = ["Makefile the targets", "docs/", "gone.txt old", "ui/ the pages", "ui/said.py Does other things"]
+    (tmp_path / "README.md").write_text("\n".join(["## The file map", "", "```text", *lines, "```", ""]))
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    checked = check_map(tmp_path)
+    assert checked.returncode == 1
+    assert checked.stdout.splitlines()[:-1] == [
+        "README.md's file map does not say what README.md is for",
+        "README.md's file map does not say what docs/ is for",
+        "README.md's file map lacks README.md",
+        "README.md's file map lacks ui/new.py",
+        "README.md's file map lists gone.txt, which is not there",
+        "README.md's file map says of ui/said.py: 'Does other things', where 'Does things' is meant",
+    ]
 
 
 def test_the_lock_follows_pyproject() -> None:
