@@ -8,6 +8,7 @@
 # these only apt-get installs something, and only what is missing.
 #
 #   KANGAROO_EXTRA=cpu|cuda     choose vLLM's build, instead of asking nvidia-smi
+#   KANGAROO_CHROMIUM=PROGRAM   the browser of the tests, where it is not on the PATH
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -149,7 +150,7 @@ ensure_compiler() {
 # Ubuntu's `chromium-browser` may be a stub that only asks for a snap, hence the question for a version.
 has_chromium() {
     local name
-    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+    for name in ${KANGAROO_CHROMIUM:+"$KANGAROO_CHROMIUM"} chromium chromium-browser google-chrome google-chrome-stable; do
         "$name" --version >/dev/null 2>&1 </dev/null && return
     done
     return 1
@@ -161,7 +162,8 @@ ensure_chromium() {
     die "The browser tests want Chromium or Google Chrome on the PATH. Install one and run this again:" \
         "Debian:       sudo apt-get install chromium" \
         "Ubuntu:       sudo snap install chromium" \
-        "Fedora, RHEL: sudo dnf install chromium"
+        "Fedora, RHEL: sudo dnf install chromium" \
+        "One that is not on the PATH can be named in KANGAROO_CHROMIUM."
 }
 
 main() {
