@@ -187,11 +187,12 @@ def _position(colours: list[str], random: Random) -> list[Item]:
     else:
         places = list(line) if number == 3 else [line[0], line[2]]
     shapes, tints = _different_shapes(number, random), random.sample(colours, number)
+    stray, largest = (0.02, 0.21) if number == 3 else (0.04, 0.25)  # three in a row must not touch
     items = []
     for place, shape, tint in zip(places, shapes, tints, strict=True):
         x, y = CENTRES[place]
-        x, y = x + random.uniform(-0.04, 0.04), y + random.uniform(-0.04, 0.04)
-        items.append(Item(shape, tint, x, y, random.uniform(0.19, 0.25), place=place))
+        x, y = x + random.uniform(-stray, stray), y + random.uniform(-stray, stray)
+        items.append(Item(shape, tint, x, y, random.uniform(0.19, largest), place=place))
     return items
 
 
