@@ -185,7 +185,7 @@ class LocalEngine:
 def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, most_pictures: int) -> list[str]:
     """How vLLM is started. Every flag is here for a reason; vLLM's defaults hold for the rest."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(facts.folder), "--served-model-name", model_name]
+    command += ["--model", str(facts.folder.absolute()), "--served-model-name", model_name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     # The default is 999 pictures a request.
     command += ["--limit-mm-per-prompt", json.dumps({"image": most_pictures, "video": 0, "audio": 0})]

@@ -73,6 +73,16 @@ def end_descendants() -> None:
                 except psutil.NoSuchProcess:
                     continue
         time.sleep(0.05)
+    reap()
+
+
+def reap() -> None:
+    """Take the exit codes of adopted children, which would otherwise stay in the process table as zombies."""
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            continue
+    except ChildProcessError:
+        return
 
 
 def living_descendants() -> list[psutil.Process]:
