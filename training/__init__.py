@@ -1,0 +1,1 @@
+"""Everything that trains: recipes, stages, objectives, data and evaluation."""

@@ -1,0 +1,1 @@
+"""The model and what one process needs to run it."""
