@@ -149,8 +149,8 @@ ensure_compiler() {
 
 # Ubuntu's `chromium-browser` may be a stub that only asks for a snap, hence the question for a version.
 has_chromium() {
-    local name
-    for name in ${KANGAROO_CHROMIUM:+"$KANGAROO_CHROMIUM"} chromium chromium-browser google-chrome google-chrome-stable; do
+    local name names=(chromium chromium-browser google-chrome google-chrome-stable)
+    for name in "${KANGAROO_CHROMIUM:-chromium}" "${names[@]}"; do
         "$name" --version >/dev/null 2>&1 </dev/null && return
     done
     return 1
