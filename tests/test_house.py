@@ -18,8 +18,6 @@ PACKAGES = ("assistant", "training", "serving", "ui")
 COMMAND_LINE = "ui/command_line.py"
 # Which of our packages a package may import besides itself. The command line alone may import every one, and late.
 MAY_IMPORT = {"assistant": set[str](), "training": {"assistant"}, "serving": {"assistant"}, "ui": {"assistant"}}
-# vLLM comes from one of two distributions (extras cpu and cuda), so no name in the dependencies matches it.
-FROM_EXTRAS = {"vllm", "bitsandbytes"}
 
 
 @dataclass(frozen=True)
@@ -154,6 +152,7 @@ def test_a_library_that_is_imported_is_declared(path: str) -> None:
     """A library that only comes along with another one may go away with that one's next release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = list(project["project"]["dependencies"])
+    declared += [line for extra in project["project"]["optional-dependencies"].values() for line in extra]
     if path.partition("/")[0] not in PACKAGES:
         declared += project["dependency-groups"]["dev"]
     names = {distribution_name(line) for line in declared}
@@ -162,9 +161,9 @@ def test_a_library_that_is_imported_is_declared(path: str) -> None:
     undeclared = {
         found.name
         for found in imports_of((ROOT / path).read_text())
-        if found.name not in sys.stdlib_module_names | FROM_EXTRAS | {*PACKAGES, "tests", "scripts"}
+        if found.name not in sys.stdlib_module_names | {*PACKAGES, "tests", "scripts"}
         and not (folder / f"{found.name}.py").exists()
-        and not names & {distribution_name(owner) for owner in installed.get(found.name, [])}
+        and not names & {distribution_name(owner) for owner in installed.get(found.name, [found.name])}
     }
     assert undeclared == set(), f"{path} imports what pyproject.toml does not declare"
 
