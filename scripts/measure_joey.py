@@ -25,7 +25,7 @@ def main(
     limit: Annotated[
         int | None, typer.Option(min=2, help="At most so many pictures and scenes, for a quick look.")
     ] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Number of generated scenes.")] = 1000,
+    scenes: Annotated[int, typer.Option(min=1, help="Number of generated scenes.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 64,
 ) -> None:
     """Measure MODEL on unseen scenes, on captions of Flickr8k validation and on yes/no questions of COCO validation."""

@@ -4,7 +4,7 @@ from collections import Counter
 from random import Random
 
 from training.data.scene_facts import Facts, Item
-from training.data.scene_questions import NUMBER_WORDS, PLACE_PHRASES, RELATIONS, plural, with_article
+from training.data.scene_wording import NUMBER_WORDS, PLACE_PHRASES, RELATIONS, plural, with_article
 
 
 def describe(facts: Facts, random: Random) -> tuple[str, str]:

@@ -12,7 +12,8 @@ from PIL import Image
 from training.data.scene_captions import describe
 from training.data.scene_drawing import draw
 from training.data.scene_facts import KIND_WEIGHTS, SCENE_KINDS, SceneKind, decide
-from training.data.scene_questions import Question, ask
+from training.data.scene_questions import ask
+from training.data.scene_wording import Question
 
 __all__ = ["EVALUATION_SEED", "SCENE_KINDS", "SMALLEST_SIDE", "Question", "Scene", "SceneKind", "make_scene"]
 

@@ -19,7 +19,7 @@ from training.evaluation.captions import moved, score_captions
 CAPTIONED_SHARD = "flickr8k-validation"
 YES_NO_SHARD = "coco-validation"
 CAPTION_TOKENS = 32
-ANSWER_TOKENS = 12
+ANSWER_TOKENS = 8
 SAMPLES = 10
 
 
@@ -30,7 +30,7 @@ class Answering(Protocol):
 
 
 def measure(
-    assistant: Answering, data: Path | None, limit: int | None = None, scenes: int = 1000, batch: int = 64
+    assistant: Answering, data: Path | None, limit: int | None = None, scenes: int = 500, batch: int = 64
 ) -> dict[str, Any]:
     """Everything that a model card tells, ready for JSON.
 
