@@ -50,7 +50,7 @@ def eroded(mask: np.ndarray) -> np.ndarray:
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
     """One mask for each connected part: the highest pixel number spreads over a part until nothing changes."""
-    numbers = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
+    numbers = np.arange(1, mask.size + 1, dtype=np.int32).reshape(mask.shape) * mask
     while True:
         spread = np.maximum.reduce([numbers, *shifted(numbers)]) * mask
         if (spread == numbers).all():

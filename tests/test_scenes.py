@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
-from scene_reader import border, components, matching, nearest, read, see
+from scene_reader import Seen, border, components, matching, nearest, read, see
 
 from training.data.scene_facts import BACKGROUNDS, COLOURS, SHAPES, WORDS
 from training.data.scenes import EVALUATION_SEED, SCENE_KINDS, Scene, SceneKind, make_scene
@@ -24,6 +25,13 @@ for seed in range(60):
     digest.update(scene.image.tobytes() + repr((scene.kind, scene.captions, scene.questions)).encode())
 print(digest.hexdigest())
 """
+
+
+@lru_cache(maxsize=512)
+def looked_at(seed: int, kind: SceneKind) -> tuple[Scene, list[Seen]]:
+    """A scene and what is seen in it; looking takes much longer than drawing."""
+    scene = make_scene(seed, kind=kind)
+    return scene, see(scene.image)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +73,8 @@ def test_seeds_differ_and_words_do_not_depend_on_the_side_or_on_naming_the_kind(
 def test_answers_follow_from_the_pixels(kind: SceneKind, first: int) -> None:
     """A reader that shares no code with the generator answers every question alike, references being unique."""
     wrong = []
-    for seed in range(first, first + 60):
-        scene = make_scene(seed, kind=kind)
-        things = see(scene.image)
+    for seed in range(first, first + 40):
+        scene, things = looked_at(seed, kind)
         for question in scene.questions:
             answer = read(question.question, scene.image, things)
             if answer != question.answer:
@@ -81,9 +88,9 @@ def test_captions_mention_what_is_seen_and_nothing_else(kind: SceneKind) -> None
     phrase = re.compile(
         rf"\b({'|'.join(numbers)}) (?:large |small )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?:e?s)?\b"
     )
-    for seed in range(60):
-        scene = make_scene(seed, kind=kind)
-        seen = Counter((thing.colour, thing.shape) for thing in see(scene.image))
+    for seed in range(40):
+        scene, things = looked_at(seed, kind)
+        seen = Counter((thing.colour, thing.shape) for thing in things)
         for caption in scene.captions:
             mentioned = {(colour, shape): numbers[number] for number, colour, shape in phrase.findall(caption)}
             assert mentioned == dict(seen), f"scene {seed}: {caption}"
@@ -209,12 +216,12 @@ def test_every_side_is_drawn(side: int, kind: SceneKind) -> None:
         assert scene.image.size == (side, side)
         assert scene.kind == kind
         if kind in ("count", "shapes"):
-            assert len(see(scene.image)) == len(see(make_scene(seed, 160, kind).image))
+            assert len(see(scene.image)) == len(looked_at(seed, kind)[1])
 
 
 def test_things_are_large_enough_to_be_learnt() -> None:
-    for seed in range(60):
-        for thing in see(make_scene(seed, 160, "count").image):
+    for seed in range(40):
+        for thing in looked_at(seed, "count")[1]:
             assert thing.across * 160 >= 25
 
 
@@ -236,7 +243,7 @@ def test_the_reader_finds_a_wrong_answer_when_there_is_one() -> None:
     """The check of the checks: what is seen in one scene does not answer for another."""
     disagreements = 0
     for seed in range(20):
-        scene, other = make_scene(seed, kind="count"), make_scene(seed + 100, kind="count")
+        scene, other = looked_at(seed, "count")[0], make_scene(seed + 100, kind="count")
         total = next((q for q in scene.questions if "objects" in q.question), None)
         if total:
             disagreements += read(total.question, other.image, see(other.image)) != total.answer
