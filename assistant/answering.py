@@ -42,7 +42,9 @@ class Assistant:
         inputs = self._inputs(requests)
         with torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers = self.processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = self.processor.tokenizer.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         return [answer.strip() for answer in answers]
 
     def stream(self, request: Request, max_new_tokens: int = 256) -> Iterator[str]:

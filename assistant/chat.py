@@ -72,14 +72,18 @@ def encode_conversation(
     The supervised mask comes from the template's own generation spans, never from searching for words in the text.
     Raises ConversationError when no token is supervised or the template lost or invented a picture.
     """
-    pictures = sum(part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"])
+    pictures = sum(
+        part["type"] == "image" for m in messages if not isinstance(m["content"], str) for part in m["content"]
+    )
     rendered, spans = render_jinja_template(
         [list(messages)], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True
     )
     encoding = tokenizer(rendered[0], add_special_tokens=False, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if encoding["input_ids"].count(image_id) != pictures:
-        raise ConversationError(f"{pictures} pictures are given but {IMAGE_TOKEN} stands elsewhere in: {rendered[0][:200]}")
+        raise ConversationError(
+            f"{pictures} pictures are given but {IMAGE_TOKEN} stands elsewhere in: {rendered[0][:200]}"
+        )
     ids: list[int] = []
     supervised: list[bool] = []
     for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -78,18 +78,25 @@ def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
 
 def published_key(key: str) -> str:
     """The name that llava-hf publishes for a key of transformers 5: CLIP and SigLIP towers have one level more."""
-    inner = re.sub(r"^vision_tower\.(?!vision_model\.)(embeddings|encoder|post_layernorm|pre_layrnorm|head)\.", r"vision_tower.vision_model.\1.", key)
-    return inner
+    return re.sub(
+        r"^vision_tower\.(?!vision_model\.)(embeddings|encoder|post_layernorm|pre_layrnorm|head)\.",
+        r"vision_tower.vision_model.\1.",
+        key,
+    )
 
 
-def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_llava(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor of `folder`. Raises ModelError when a weight is missing, unexpected or of another shape."""
     model, report = LlavaForConditionalGeneration.from_pretrained(
         require_complete(folder), dtype=dtype, output_loading_info=True, local_files_only=True
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
-            raise ModelError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(map(str, sorted(report[problem])[:5]))}")
+            raise ModelError(
+                f"{folder}: {problem.replace('_', ' ')}: {', '.join(map(str, sorted(report[problem])[:5]))}"
+            )
     return model, LlavaProcessor.from_pretrained(folder, local_files_only=True)
 
 

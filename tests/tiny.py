@@ -25,7 +25,12 @@ def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
     tokenizer = make_tiny_tokenizer(folder)
     tower = SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=160, patch_size=16
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=160,
+            patch_size=16,
         )
     )
     language_model = LlamaForCausalLM(

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def mixture_plan(sizes: Sequence[int], weights: Sequence[float], total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def mixture_plan(
+    sizes: Sequence[int], weights: Sequence[float], total: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Source and index for each of `total` places: int arrays of length `total`.
 
     Sources are drawn by `weights`; inside one source every sample comes once before any comes twice, in a new order
-    each round. The plan depends on nothing but the arguments, so that a resumed run sees what the uninterrupted one saw.
+    each round. The plan depends on its arguments alone, so that a resumed run sees what the uninterrupted one saw.
     Raises ValueError when a source with weight is empty or no weight is positive.
     """
     if len(sizes) != len(weights) or not sizes:

@@ -20,7 +20,7 @@ def square(pixels: torch.Tensor, side: int) -> torch.Tensor:
 def random_view(
     pixels: torch.Tensor, side: int, generator: np.random.Generator, smallest_area: float, may_mirror: bool
 ) -> torch.Tensor:
-    """A crop of random area (`smallest_area` to 1) and slightly random aspect, resized to `side`, mirrored half the time.
+    """A crop of random area (`smallest_area` to 1) and slightly random aspect, resized, mirrored half the time.
 
     uint8 (3, H, W) -> uint8 (3, side, side). All chance comes from `generator`.
     """

@@ -114,7 +114,9 @@ class InstructObjective(Objective):
 
         Turns that would pass `longest` are left out, from the end; picture tokens are never cut.
         """
-        encoded = [self._encode(lesson, turns) for turns in ([lesson.turns] if lesson.is_dialogue else zip(lesson.turns))]
+        encoded = [
+            self._encode(lesson, turns) for turns in ([lesson.turns] if lesson.is_dialogue else zip(lesson.turns))
+        ]
         shared = self._shared_length(encoded) if len(encoded) > 1 else 0
         ids, supervised, weights = encoded[0].ids[:shared], [False] * shared, [0.0] * shared
         positions, branch = list(range(shared)), [0] * shared
@@ -175,7 +177,7 @@ def attention_of(branch: Tensor) -> Tensor:
 
 
 def predictor_of(lesson: PackedLesson) -> Tensor:
-    """For each supervised place, the place whose hidden state predicts it: the one before it in its own conversation."""
+    """For each supervised place, the place that predicts it: the one before it in its own conversation."""
     places = lesson.supervised.nonzero().flatten()
     if (lesson.branch[places - 1] != lesson.branch[places]).any():
         raise ValueError("a supervised token stands right after the shared beginning; every answer needs a question")

@@ -67,7 +67,11 @@ class SiglipObjective(Objective):
             )
             best = (pictures @ texts.T).argmax(-1)
         hit = batch["same_text"][torch.arange(len(best), device=best.device), best].float().mean()
-        return {"sigmoid_loss": loss, "picture_finds_text": hit.detach(), "scale": self.model.logit_scale.exp().detach()}
+        return {
+            "sigmoid_loss": loss,
+            "picture_finds_text": hit.detach(),
+            "scale": self.model.logit_scale.exp().detach(),
+        }
 
     def collate(self, samples: Sequence[CaptionedView]) -> Mapping[str, Tensor]:
         """Views (B, 3, side, side) uint8, text_ids (B, T), same_text (B, B)."""

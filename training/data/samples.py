@@ -1,0 +1,195 @@
+"""Turn pictures, scenes and texts into the samples that objectives train on, each place of a run reproducibly."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from assistant.answering import CAPTION_QUESTION
+from training.data.mixing import mixture_plan
+from training.data.pictures import DataError, DecodedPictures, PictureRow, read_rows
+from training.data.scenes import make_scene
+from training.data.texts import TextRow
+from training.data.views import mirrors_safely, random_view, square
+from training.objectives.instruct import Lesson
+from training.objectives.siglip import CaptionedView
+
+CAPTION_QUESTIONS = (
+    CAPTION_QUESTION,
+    "Describe this picture.",
+    "What is happening in this picture?",
+    "Write a caption for this picture.",
+)
+LABEL_QUESTIONS = ("What is this?", "What is in this picture?", "What does this picture show?")
+SMALLEST_CROP = 0.5  # of the area, for contrastive views
+SMALLEST_LESSON_CROP = 0.8  # of the area, where the words name details that a small crop would lose
+
+Sample = TypeVar("Sample", covariant=True)
+
+
+class Source(Protocol[Sample]):
+    """Something with samples that are drawn with chance from a given generator only."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, generator: np.random.Generator) -> Sample:
+        """Sample number `index`; what is random about it comes from `generator`."""
+
+
+class Mixture(Dataset[Sample], Generic[Sample]):
+    """`total` samples mixed from weighted sources; place n is the same sample on every run."""
+
+    def __init__(self, sources: Sequence[Source[Sample]], weights: Sequence[float], total: int, seed: int) -> None:
+        self.sources = sources
+        self.seed = seed
+        self.source_of, self.index_of = mixture_plan([len(s) for s in sources], weights, total, seed)
+
+    def __len__(self) -> int:
+        return len(self.source_of)
+
+    def __getitem__(self, place: int) -> Sample:
+        generator = np.random.default_rng([self.seed, 2, place])
+        return self.sources[self.source_of[place]].sample(int(self.index_of[place]), generator)
+
+
+def pick(options: Sequence[str], generator: np.random.Generator) -> str:
+    """One of `options`, evenly."""
+    return options[int(generator.integers(len(options)))]
+
+
+class ShardViews:
+    """Captioned views of one shard: a random crop with one of its captions, or with its label in words."""
+
+    def __init__(self, folder: Path, shard: str, use: str, side: int, smallest_crop: float = SMALLEST_CROP) -> None:
+        self.texts_of: Callable[[PictureRow], tuple[str, ...]] = label_texts if use == "labels" else caption_texts
+        self.rows = [row for row in read_rows(folder, shard) if self.texts_of(row)]
+        self.pixels = DecodedPictures(self.rows)
+        self.side = side
+        self.smallest_crop = smallest_crop
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, generator: np.random.Generator) -> CaptionedView:
+        """A view and a text of row `index`."""
+        text = pick(self.texts_of(self.rows[index]), generator)
+        mirror = mirrors_safely(text)
+        return CaptionedView(random_view(self.pixels[index], self.side, generator, self.smallest_crop, mirror), text)
+
+
+def caption_texts(row: PictureRow) -> tuple[str, ...]:
+    """What people wrote about the picture."""
+    return row.captions
+
+
+def label_texts(row: PictureRow) -> tuple[str, ...]:
+    """The label in a sentence, or nothing without a label."""
+    return (f"A photo of a {row.label}.",) if row.label else ()
+
+
+class SceneViews:
+    """Captioned views of generated scenes; never cropped or mirrored, for the words name places and letters."""
+
+    def __init__(self, count: int, side: int, first_seed: int = 0) -> None:
+        self.count, self.side, self.first_seed = count, side, first_seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int, generator: np.random.Generator) -> CaptionedView:
+        """Scene `index` and one of its captions."""
+        scene = make_scene(self.first_seed + index, self.side)
+        return CaptionedView(_pixels(scene.image), pick(scene.captions, generator))
+
+
+def _pixels(image: object) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ShardLessons:
+    """Lessons on the pictures of one shard: its captions, its label, or its questions."""
+
+    def __init__(self, folder: Path, shard: str, use: str, side: int, turns: int, augment: bool = True) -> None:
+        self.turns_of = {"captions": _caption_turns, "labels": _label_turns, "questions": _question_turns}[use]
+        self.rows = [row for row in read_rows(folder, shard) if getattr(row, "label" if use == "labels" else use)]
+        if not self.rows:
+            raise DataError(f"no row of {shard} has {use}; use another shard or another field")
+        self.pixels = DecodedPictures(self.rows)
+        self.side, self.turns, self.augment = side, turns, augment
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, generator: np.random.Generator) -> Lesson:
+        """Up to `turns` turns about row `index`, in random order."""
+        row = self.rows[index]
+        turns = self.turns_of(row, generator)
+        chosen = tuple(turns[i] for i in generator.permutation(len(turns))[: self.turns])
+        if not self.augment:
+            return Lesson(row.id, (square(self.pixels[index], self.side),), chosen)
+        mirror = all(mirrors_safely(f"{question} {answer}") for question, answer in chosen)
+        view = random_view(self.pixels[index], self.side, generator, SMALLEST_LESSON_CROP, mirror)
+        return Lesson(row.id, (view,), chosen)
+
+
+def _caption_turns(row: PictureRow, generator: np.random.Generator) -> list[tuple[str, str]]:
+    # The canonical question half the time: it is what `kangaroo caption` asks.
+    return [
+        (CAPTION_QUESTION if generator.random() < 0.5 else pick(CAPTION_QUESTIONS, generator), sentence(caption))
+        for caption in row.captions
+    ]
+
+
+def _label_turns(row: PictureRow, generator: np.random.Generator) -> list[tuple[str, str]]:
+    return [(pick(LABEL_QUESTIONS, generator), sentence(str(row.label)))]
+
+
+def _question_turns(row: PictureRow, generator: np.random.Generator) -> list[tuple[str, str]]:
+    return [(question.question, question.answer) for question in row.questions]
+
+
+def sentence(text: str) -> str:
+    """`text` stripped, with a capital and, when it has several words, a full stop."""
+    stripped = text.strip()
+    capital = stripped[:1].upper() + stripped[1:]
+    return capital if capital.endswith((".", "!", "?")) or " " not in capital else f"{capital}."
+
+
+class SceneLessons:
+    """Lessons on generated scenes: all their questions, and a caption one time in two."""
+
+    def __init__(self, count: int, side: int, first_seed: int = 0) -> None:
+        self.count, self.side, self.first_seed = count, side, first_seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, index: int, generator: np.random.Generator) -> Lesson:
+        """The questions of scene `index`; one lesson in five is a dialogue, so that earlier turns are familiar."""
+        scene = make_scene(self.first_seed + index, self.side)
+        turns = [(question.question, question.answer) for question in scene.questions]
+        if generator.random() < 0.5:
+            turns.append((CAPTION_QUESTION, sentence(pick(scene.captions, generator))))
+        shuffled = tuple(turns[i] for i in generator.permutation(len(turns)))
+        return Lesson(f"scene {scene.seed}", (_pixels(scene.image),), shuffled, bool(generator.random() < 0.2))
+
+
+class TextLessons:
+    """Lessons without a picture: a prompt and its answer."""
+
+    def __init__(self, rows: Sequence[TextRow], longest_characters: int) -> None:
+        self.rows = [
+            row for row in rows if row.prompt and row.text and len(row.prompt) + len(row.text) <= longest_characters
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, generator: np.random.Generator) -> Lesson:
+        """Row `index`."""
+        row = self.rows[index]
+        return Lesson(f"{row.source} text {index}", (), ((str(row.prompt), row.text),))

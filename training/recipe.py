@@ -1,0 +1,105 @@
+"""Run the stages of a recipe in order, each once, each going on where it stopped."""
+
+import hashlib
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from assistant.checkpoint import EMBEDDER, copy_model
+from training.config import InstructStage, LanguageStage, Recipe, RecipeError, Stage, TokenizerStage, TowerStage
+from training.data.pictures import shard_files
+from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
+
+DONE = "done.json"
+
+
+def run_recipe(recipe: Recipe, data: Path | None, runs: Path, only: str | None = None) -> Path:
+    """Run `recipe` in the folder `runs`/NAME and return the folder of the finished model.
+
+    A finished stage is not run again unless what the recipe says of it changed; a stage that was stopped goes on from
+    its newest checkpoint. `only` runs one stage by name, on what its predecessors left.
+    Raises RecipeError or DataError before the first step when recipe or data are at fault.
+    """
+    workshop = Workshop(runs / recipe.name, data)
+    stages = [stage for stage in recipe.stages if only in (None, stage.name)]
+    if not stages:
+        raise RecipeError(f"there is no stage {only!r}; the stages are {', '.join(s.name for s in recipe.stages)}")
+    check_data(recipe, workshop)
+    for number, stage in enumerate(stages, start=1):
+        print(f"[{number}/{len(stages)}] {stage.name}: {type(stage).__doc__}", flush=True)
+        run_stage(stage, workshop)
+    return workshop.runs / only / "output" if only else publish(recipe, workshop)
+
+
+def run_stage(stage: Stage, workshop: Workshop) -> None:
+    """Run `stage` unless it is finished already; leave its scores and its settings behind."""
+    marker = workshop.runs / stage.name / DONE
+    settings = stage.model_dump(mode="json")
+    if marker.is_file():
+        if json.loads(marker.read_text())["settings"] == settings:
+            print(f"    finished before, see {marker}", flush=True)
+            return
+        marker.unlink()
+    started = time.time()
+    scores = _run(stage, workshop)
+    summary = {"settings": settings, "scores": scores, "seconds": round(time.time() - started)}
+    partial = marker.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2))
+    partial.replace(marker)
+    print(f"    {json.dumps(scores)}", flush=True)
+
+
+def _run(stage: Stage, workshop: Workshop) -> dict[str, float]:
+    match stage:
+        case TokenizerStage():
+            return run_tokenizer(stage, workshop)
+        case TowerStage():
+            return run_tower(stage, workshop)
+        case LanguageStage():
+            return run_language(stage, workshop)
+        case InstructStage():
+            return run_instruct(stage, workshop)
+
+
+def publish(recipe: Recipe, workshop: Workshop) -> Path:
+    """Put the finished LLaVA, the embedder and their provenance into one folder, and return it."""
+    folder = workshop.runs / "model"
+    copy_model(workshop.output(recipe.publish), folder)
+    if recipe.embedder is not None:
+        copy_model(workshop.output(recipe.embedder), folder / EMBEDDER)
+    (folder / "provenance.json").write_text(json.dumps(provenance(recipe, workshop), indent=2) + "\n")
+    return folder
+
+
+def provenance(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
+    """The whole recipe, the hashes of the data it read, the versions it ran on, and what each stage scored."""
+    done = {stage.name: json.loads((workshop.runs / stage.name / DONE).read_text()) for stage in recipe.stages}
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {file.name: file_hash(file) for file in _files(recipe, workshop)},
+        "versions": {package: version(package) for package in ("torch", "transformers", "sentencepiece")},
+        "stages": {name: {"scores": d["scores"], "seconds": d["seconds"]} for name, d in done.items()},
+        "parent": None,
+    }
+
+
+def check_data(recipe: Recipe, workshop: Workshop) -> None:
+    """Raises DataError when a shard that `recipe` names is not there; better now than after an hour of training."""
+    _files(recipe, workshop)
+
+
+def _files(recipe: Recipe, workshop: Workshop) -> list[Path]:
+    shards = set()
+    for stage in recipe.stages:
+        for field in ("mixture", "held_out", "texts"):
+            shards |= {source.shard for source in getattr(stage, field, ()) if source.shard}
+        shards |= set(getattr(stage, "exclude_captions_of", ()))
+    return [file for shard in sorted(shards) for file in shard_files(workshop.data_folder(), shard)]
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of the bytes of `file`."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,255 @@
+"""Build what each kind of stage trains - model, data, objective - and train it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    set_seed,
+)
+
+from assistant.checkpoint import load_llava
+from assistant.fusion import join
+from training.config import (
+    InstructStage,
+    LanguageStage,
+    PictureSource,
+    RecipeError,
+    TextSource,
+    TokenizerStage,
+    TowerStage,
+)
+from training.data.mixing import mixture_plan
+from training.data.pictures import DataError, read_rows
+from training.data.samples import Mixture, SceneLessons, SceneViews, ShardLessons, ShardViews, Source, TextLessons
+from training.data.scenes import EVALUATION_SEED, make_scene
+from training.data.texts import TextBlocks, TextRow, read_texts
+from training.objective import Objective
+from training.objectives.instruct import InstructObjective, Lesson
+from training.objectives.language import LanguageObjective
+from training.objectives.siglip import CaptionedView, SiglipObjective
+from training.tokenizer import fast_tokenizer, train_sentencepiece
+from training.trainer import train
+
+HELD_OUT_SEED = EVALUATION_SEED + 500_000_000  # scenes that validate; evaluation uses those below
+LONGEST_PROMPT_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a recipe runs: its folder of stages and the data folder (None when the recipe generates all it needs)."""
+
+    runs: Path
+    data: Path | None
+
+    def output(self, stage_or_folder: str) -> Path:
+        """What the stage called `stage_or_folder` exported, or the folder of that path."""
+        for folder in (self.runs / stage_or_folder / "output", Path(stage_or_folder)):
+            if folder.is_dir():
+                return folder
+        raise RecipeError(f"{stage_or_folder} is neither a finished stage of {self.runs} nor a folder")
+
+    def data_folder(self) -> Path:
+        """The data folder. Raises DataError when none was given."""
+        if self.data is None:
+            raise DataError(
+                "this recipe reads shards: give their folder with --data or KANGAROO_DATA, "
+                "or run the recipe 'scenes', which needs no data"
+            )
+        if not self.data.is_dir():
+            raise DataError(f"the data folder {self.data} is not a folder")
+        return self.data
+
+
+def run_tokenizer(stage: TokenizerStage, workshop: Workshop) -> dict[str, float]:
+    """Train and export the tokenizer."""
+    sources = text_sources(stage.texts, workshop, stage.exclude_captions_of)
+    source, index = mixture_plan([len(s) for s in sources], [t.weight for t in stage.texts], stage.documents, seed=1)
+    texts = (sources[s][i].text[:2000] for s, i in zip(source, index, strict=True))
+    folder = workshop.runs / stage.name
+    train_sentencepiece(texts, stage.vocabulary, folder / "tokenizer.model")
+    tokenizer = fast_tokenizer(folder / "tokenizer.model", stage.longest)
+    tokenizer.save_pretrained(folder / "output")
+    return {"vocabulary": float(len(tokenizer))}
+
+
+def run_tower(stage: TowerStage, workshop: Workshop) -> dict[str, float]:
+    """Train a SiglipModel and export it."""
+    tokenizer = AutoTokenizer.from_pretrained(workshop.output(stage.tokenizer))
+    set_seed(stage.schedule.seed)
+    if stage.start_from is None:
+        model = new_siglip(stage, tokenizer)
+        SiglipObjective.start_temperature(model)
+    else:
+        model = SiglipModel.from_pretrained(workshop.output(stage.start_from))
+    objective = SiglipObjective(model, tokenizer, stage.image_side)
+    samples = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
+    train_set = view_mixture(stage, stage.mixture, workshop, samples, first_scene=0)
+    held_out = view_mixture(stage, stage.held_out, workshop, stage.held_out_samples, first_scene=HELD_OUT_SEED)
+    return _train_and_export(objective, stage, workshop, train_set, held_out)
+
+
+def run_language(stage: LanguageStage, workshop: Workshop) -> dict[str, float]:
+    """Train a language model and export it."""
+    tokenizer = AutoTokenizer.from_pretrained(workshop.output(stage.tokenizer))
+    set_seed(stage.schedule.seed)
+    objective = LanguageObjective(new_language_model(stage, tokenizer), tokenizer)
+    sources = text_sources(stage.texts, workshop, stage.exclude_captions_of)
+    weights = [text.weight for text in stage.texts]
+    count = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
+    # Held-out documents are split off first: a block that shares a text with a trained one would flatter the score.
+    # At most 3 % of any source is held out.
+    kept = [rows[: max(1, len(rows) - max(1, len(rows) // 32))] for rows in sources]
+    others = [rows[len(k) :] or rows for rows, k in zip(sources, kept, strict=True)]
+    train_set = TextBlocks(kept, weights, tokenizer, stage.block, count, stage.schedule.seed)
+    held_out = TextBlocks(others, weights, tokenizer, stage.block, stage.held_out_blocks, stage.schedule.seed)
+    return _train_and_export(objective, stage, workshop, train_set, held_out)
+
+
+def run_instruct(stage: InstructStage, workshop: Workshop) -> dict[str, float]:
+    """Join a LLaVA or go on with one, train the named parts, and export it."""
+    set_seed(stage.schedule.seed)
+    if stage.start_from is not None:
+        model, processor = load_llava(workshop.output(stage.start_from))
+    else:
+        model, processor = _join_stages(str(stage.tower), str(stage.language_model), workshop)
+    objective = InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power)
+    side = processor.image_processor.size["height"]
+    samples = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
+    train_set = lesson_mixture(stage, side, workshop, samples)
+    held_out = held_out_lessons(stage, side, workshop)
+    return _train_and_export(objective, stage, workshop, train_set, held_out)
+
+
+def _join_stages(tower: str, language_model: str, workshop: Workshop) -> tuple[Any, Any]:
+    both_towers = SiglipModel.from_pretrained(workshop.output(tower))
+    folder = workshop.output(language_model)
+    return join(
+        both_towers.vision_model, LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    )
+
+
+def _train_and_export(
+    objective: Objective,
+    stage: TowerStage | LanguageStage | InstructStage,
+    workshop: Workshop,
+    train_set: Any,
+    held_out: Any,
+) -> dict[str, float]:
+    folder = workshop.runs / stage.name
+    scores = train(objective, stage.schedule, train_set, held_out, folder)
+    objective.export(folder / "output")
+    return scores
+
+
+def new_siglip(stage: TowerStage, tokenizer: PreTrainedTokenizerBase) -> SiglipModel:
+    """A SigLIP of the stage's shape with new weights."""
+    vision = SiglipVisionConfig(
+        hidden_size=stage.width,
+        intermediate_size=4 * stage.width,
+        num_hidden_layers=stage.layers,
+        num_attention_heads=stage.heads,
+        image_size=stage.image_side,
+        patch_size=stage.patch,
+    )
+    text = SiglipTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=stage.width,
+        intermediate_size=2 * stage.width,
+        num_hidden_layers=stage.text_layers,
+        num_attention_heads=stage.heads,
+        max_position_embeddings=stage.text_length,
+        projection_size=stage.width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+
+
+def new_language_model(stage: LanguageStage, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A Llama of the stage's shape with new weights and one matrix for input and output words."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=stage.width,
+            intermediate_size=stage.feed_forward,
+            num_hidden_layers=stage.layers,
+            num_attention_heads=stage.heads,
+            num_key_value_heads=stage.heads,
+            max_position_embeddings=stage.longest,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def text_sources(
+    sources: Sequence[TextSource], workshop: Workshop, exclude_captions_of: Sequence[str] = ()
+) -> list[list[TextRow]]:
+    """The rows of each source, without the captions of the shards named in `exclude_captions_of`."""
+    excluded = {
+        c for shard in exclude_captions_of for row in read_rows(workshop.data_folder(), shard) for c in row.captions
+    }
+    shards = {s.shard: read_texts(workshop.data_folder(), s.shard, excluded) for s in sources if s.shard}
+    return [_text_rows(source, shards) for source in sources]
+
+
+def _text_rows(source: TextSource, shards: dict[str | None, list[TextRow]]) -> list[TextRow]:
+    if source.scenes is not None:
+        scenes = (make_scene(seed) for seed in range(source.scenes))
+        return [TextRow("scenes", None, text) for scene in scenes for text in _scene_texts(scene)]
+    rows = [row for row in shards[source.shard] if source.source in (None, row.source)]
+    if not rows:
+        raise DataError(f"no row of {source.shard} has source {source.source!r}")
+    return rows
+
+
+def _scene_texts(scene: Any) -> list[str]:
+    return [*scene.captions, *(f"{question.question} {question.answer}" for question in scene.questions)]
+
+
+def view_mixture(
+    stage: TowerStage, sources: Sequence[PictureSource], workshop: Workshop, samples: int, first_scene: int
+) -> Mixture[CaptionedView]:
+    """Captioned views for `samples` places."""
+    views: list[Source[CaptionedView]] = [
+        SceneViews(source.scenes, stage.side, first_scene)
+        if source.scenes is not None
+        else ShardViews(workshop.data_folder(), str(source.shard), source.use, stage.side, stage.smallest_crop)
+        for source in sources
+    ]
+    return Mixture(views, [source.weight for source in sources], samples, stage.schedule.seed)
+
+
+def lesson_mixture(stage: InstructStage, side: int, workshop: Workshop, samples: int) -> Mixture[Lesson]:
+    """Lessons to train on, for `samples` places."""
+    lessons: list[Source[Lesson]] = [_lessons(source, stage, side, workshop, 0, True) for source in stage.mixture]
+    lessons += [TextLessons(rows, LONGEST_PROMPT_CHARACTERS) for rows in text_sources(stage.texts, workshop)]
+    weights = [source.weight for source in (*stage.mixture, *stage.texts)]
+    return Mixture(lessons, weights, samples, stage.schedule.seed)
+
+
+def held_out_lessons(stage: InstructStage, side: int, workshop: Workshop) -> Mixture[Lesson]:
+    """Lessons to validate on, not augmented."""
+    lessons = [_lessons(source, stage, side, workshop, HELD_OUT_SEED, False) for source in stage.held_out]
+    return Mixture(lessons, [s.weight for s in stage.held_out], stage.held_out_samples, stage.schedule.seed)
+
+
+def _lessons(
+    source: PictureSource, stage: InstructStage, side: int, workshop: Workshop, first_scene: int, augment: bool
+) -> Source[Lesson]:
+    if source.scenes is not None:
+        return SceneLessons(source.scenes, side, first_scene)
+    return ShardLessons(workshop.data_folder(), str(source.shard), source.use, side, stage.turns, augment)
