@@ -10,9 +10,10 @@ from fastapi import Request
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
 
-from serving.errors import ApiError, error_object, error_response
+from serving.errors import error_object, error_response
 
 SECONDS_TO_CONNECT = 5.0
+TRY_AGAIN = {"Retry-After": "5"}
 
 
 class Upstream:
@@ -52,8 +53,8 @@ class Upstream:
             if answer.status_code != 200:
                 await answer.aread()
                 return _relayed_error(answer)
-        except httpx.TransportError as error:
-            raise ApiError(503, "The engine stopped while it worked on this request.", retry_after=5) from error
+        except httpx.TransportError:
+            return error_response(503, "The engine stopped while it worked on this request.", headers=TRY_AGAIN)
         if not streamed:
             return Response(answer.content, media_type="application/json")
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -81,7 +82,7 @@ async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
 def _relayed_error(answer: httpx.Response) -> Response:
     """vLLM's refusal with its own words; its failures without, for they may quote paths and traces."""
     if answer.status_code >= 500:
-        return error_response(503, "The engine failed on this request.", headers={"Retry-After": "5"})
+        return error_response(503, "The engine failed on this request.", headers=TRY_AGAIN)
     try:
         content = answer.json()
     except ValueError:

@@ -1,0 +1,65 @@
+"""One real vLLM and one real gateway for the whole test session, on a tiny model with random weights."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from serving.engine import Engine, LocalEngine
+from serving.gateway import create_gateway, listen
+from serving.model_folder import ModelFacts
+from tests.tiny import make_tiny_llava
+
+MODEL_NAME = "tiny"
+# vLLM starts in half a minute on two quiet cores, and in several while something else is training on them.
+SECONDS_TO_START = 400.0
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny LLaVA with random weights, in the published layout."""
+    return make_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path) -> Iterator[LocalEngine]:
+    """A real vLLM on the tiny model, ready."""
+    with LocalEngine(tiny_model, MODEL_NAME) as engine:
+        engine.wait_until_ready(SECONDS_TO_START)
+        yield engine
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Serves `app` in a thread of this process and gives its address."""
+    with listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@contextmanager
+def gateway_client(engine: Engine, facts: ModelFacts, model_name: str = MODEL_NAME) -> Iterator[httpx.Client]:
+    """A client of a gateway over `engine`."""
+    with (
+        served(create_gateway(engine, model_name, facts)) as address,
+        httpx.Client(base_url=address, timeout=120, trust_env=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def gateway(engine: LocalEngine) -> Iterator[httpx.Client]:
+    """A client of a real gateway over the real vLLM."""
+    with gateway_client(engine, engine.facts) as client:
+        yield client

@@ -1,0 +1,391 @@
+"""vLLM as a program of its own: it says how it does, why it died, and never outlives the process that started it."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serving import supervisor
+from serving.engine import (
+    EngineError,
+    LocalEngine,
+    Phase,
+    RemoteEngine,
+    death_reason,
+    free_port,
+    loading_stage,
+    vllm_command,
+    vllm_environment,
+)
+from serving.model_folder import ModelFacts, ModelFolderError, read_model_folder
+from tests.conftest import SECONDS_TO_START
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+# -- The supervisor, with small programs in vLLM's place ---------------------------------------------------------------
+
+# Starts a child that ignores every polite request and has left for a session of its own, then waits.
+STUBBORN_PROGRAM = """
+import subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, start_new_session=True)
+process.stdout.readline()
+print("up", flush=True)
+{then}
+"""
+
+PARENT = """
+import os, subprocess, sys, time
+process = subprocess.Popen(
+    [sys.executable, sys.argv[1], str(os.getpid()), sys.executable, "-c", sys.argv[2]],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+)
+process.stdout.readline()
+print("up", flush=True)
+{then}
+"""
+
+
+Family = tuple[subprocess.Popen[bytes], list[psutil.Process]]
+
+
+@contextlib.contextmanager
+def parent_of(
+    program: str, then: str = "time.sleep(600)"
+) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A process that runs `program` under a supervisor, and its descendants: supervisor, program, stubborn child."""
+    command = [sys.executable, "-c", PARENT.format(then=then), supervisor.__file__, program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"up\n"
+        descendants = psutil.Process(parent.pid).children(recursive=True)
+        assert len(descendants) == 3
+        try:
+            yield parent, descendants
+        finally:
+            parent.kill()
+            for process in living(descendants):
+                process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSEGV])
+def test_nothing_outlives_a_parent_that_a_signal_ends(number: signal.Signals) -> None:
+    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (parent, descendants):
+        parent.send_signal(number)
+        wait_until(lambda: not living(descendants), 10, "all descendants ended")
+
+
+def test_nothing_outlives_a_parent_whose_pipe_a_fork_holds_open() -> None:
+    """A forked worker keeps a copy of the pipe, so its end does not come; the parent's id tells."""
+    then = "os.fork() == 0 and time.sleep(30); time.sleep(600)"
+    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)"), then) as (parent, descendants):
+        fork = [p for p in psutil.Process(parent.pid).children() if p not in descendants]
+        parent.kill()
+        wait_until(lambda: not living(descendants), 10, "all descendants ended")
+        for process in fork:
+            process.kill()
+
+
+def test_a_program_that_ends_takes_its_children_with_it() -> None:
+    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(1); sys.exit(7)")) as (_, descendants):
+        wait_until(lambda: not living(descendants), 10, "all descendants ended")
+
+
+def test_the_program_ends_when_its_supervisor_is_killed() -> None:
+    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (_, descendants):
+        descendants[0].kill()
+        wait_until(lambda: not living(descendants[:2]), 10, "supervisor and program ended")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
+def test_the_exit_code_passes_through(ending: str, code: int) -> None:
+    command = [sys.executable, supervisor.__file__, str(os.getpid()), sys.executable, "-c", f"import os, sys; {ending}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.wait(10) == code
+
+
+# -- What the log tells ------------------------------------------------------------------------------------------------
+
+
+def test_the_stage_follows_the_log() -> None:
+    lines = [
+        "(APIServer pid=1) INFO 01-01 00:00:00 [api_utils.py:286] non-default args: {'host': '127.0.0.1'}",
+        "(EngineCore pid=2) INFO 01-01 00:00:00 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config",
+        "(Worker pid=3) INFO 01-01 00:00:00 [cpu_model_runner.py:68] Starting to load model /models/joey...",
+        "(Worker pid=3) INFO 01-01 00:00:00 [default_loader.py:501] Loading weights took 0.01 seconds",
+        "(EngineCore pid=2) INFO 01-01 00:00:00 [core.py:402] init engine (profile, create kv cache, warmup model)",
+    ]
+    stages = [loading_stage("\n".join(lines[:count])) for count in range(len(lines) + 1)]
+    assert stages[0] == "starting Python"
+    assert stages[3] == "loading weights"
+    assert len(set(stages)) == len(stages)
+
+
+def test_the_reason_of_a_death_is_the_cause_and_not_its_follower() -> None:
+    log = (
+        "(EngineCore pid=2) ERROR 01-01 00:00:00 [core.py:1] Traceback (most recent call last):\n"
+        "(EngineCore pid=2) ERROR 01-01 00:00:00 [core.py:1] ValueError: the weights have no head\n"
+        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert death_reason(1, log) == "ValueError: the weights have no head"
+    assert "signal 9" in death_reason(137, log)
+    assert death_reason(3, "nothing of note") == "it ended with exit code 3"
+
+
+# -- How vLLM is started -----------------------------------------------------------------------------------------------
+
+
+def flag(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+@pytest.mark.parametrize(
+    ("tower", "implementation"),
+    [
+        ("siglip_vision_model", "vllm"),
+        ("clip_vision_model", "vllm"),
+        ("dinov2", "transformers"),
+        ("vit", "transformers"),
+    ],
+)
+def test_the_tower_chooses_vllm_s_own_model_or_its_transformers_backend(tower: str, implementation: str) -> None:
+    facts = ModelFacts(Path("model"), tower, 1024, "<image>")
+    command = vllm_command(facts, "joey", 1234, "bfloat16", most_pictures=8)
+    assert flag(command, "--model-impl") == implementation
+    assert flag(command, "--host") == "127.0.0.1"
+    assert flag(command, "--max-model-len") == "1024"
+    assert json.loads(flag(command, "--limit-mm-per-prompt"))["image"] == 8
+    assert Path(flag(command, "--model")).is_absolute()
+
+
+def test_every_flag_is_known_to_this_vllm(tiny_model: Path) -> None:
+    """vLLM's own parser reads the command (in a process of its own: the import takes long and changes much)."""
+    command = vllm_command(read_model_folder(tiny_model), "joey", 1234, "bfloat16", most_pictures=8)
+    program = (
+        "import sys\n"
+        "from vllm.entrypoints.openai.cli_args import make_arg_parser\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *command[3:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_the_key_is_not_on_the_command_line_and_new_each_time(tiny_model: Path) -> None:
+    first, second = (LocalEngine(tiny_model, "tiny") for _ in range(2))
+    assert first.api_key
+    assert first.api_key != second.api_key
+    command = vllm_command(first.facts, "tiny", 1, "bfloat16", 8)
+    assert first.api_key not in " ".join(command)
+    assert vllm_environment(first.api_key, 1000)["VLLM_API_KEY"] == first.api_key
+
+
+def test_without_vllm_the_way_out_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="uv sync --extra"):
+        LocalEngine(tiny_model, "tiny")
+
+
+# -- Model folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "processor_config.json"])
+def test_a_missing_file_is_named(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / name).unlink()
+    with pytest.raises(ModelFolderError, match=rf"model/{name} is missing"):
+        read_model_folder(folder)
+
+
+def test_a_missing_shard_and_a_damaged_configuration_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelFolderError, match=r"model-00002-of-00002\.safetensors is missing"):
+        read_model_folder(folder)
+    (folder / "config.json").write_text('{"architectures": [')
+    with pytest.raises(ModelFolderError, match=r"config\.json: not readable as JSON"):
+        read_model_folder(folder)
+    with pytest.raises(ModelFolderError, match="no such model folder"):
+        read_model_folder(tmp_path / "nowhere")
+
+
+def test_the_facts_of_a_model(tiny_model: Path) -> None:
+    facts = read_model_folder(tiny_model)
+    assert (facts.tower, facts.context_length, facts.picture_token) == ("siglip_vision_model", 1024, "<image>")
+
+
+# -- The real vLLM -----------------------------------------------------------------------------------------------------
+
+
+def test_another_user_of_the_machine_cannot_use_the_engine(engine: LocalEngine) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert httpx.post(f"{engine.base_url}/v1/chat/completions", json=body, timeout=60).status_code == 401
+    headers = {"Authorization": f"Bearer {engine.api_key}"}
+    answer = httpx.post(f"{engine.base_url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200
+
+
+def test_the_engine_itself_fetches_no_picture(engine: LocalEngine) -> None:
+    """Behind the gateway's refusal stands vLLM's own."""
+    headers = {"Authorization": f"Bearer {engine.api_key}"}
+    for url in (f"{engine.base_url}/health", "file:///etc/passwd"):
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
+        answer = httpx.post(f"{engine.base_url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        assert answer.status_code >= 400
+
+
+def test_the_states_of_an_engine_elsewhere(engine: LocalEngine) -> None:
+    assert RemoteEngine(engine.base_url, engine.api_key).state().phase is Phase.READY
+    nobody = RemoteEngine(f"http://127.0.0.1:{free_port()}").state()
+    assert nobody.phase is Phase.LOADING
+    assert "waiting for the engine" in nobody.reason
+
+
+def test_weights_that_are_cut_off_are_the_reason_of_the_death(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with LocalEngine(folder, "tiny", log_path=tmp_path / "engine.log") as engine:
+        with pytest.raises(EngineError, match="SafetensorError"):
+            engine.wait_until_ready(SECONDS_TO_START)
+        assert engine.state().phase is Phase.DEAD
+        assert "SafetensorError" in engine.state().reason
+    assert engine.state().phase is Phase.STOPPED
+
+
+SERVER = """
+import sys
+from pathlib import Path
+from serving.gateway import serve
+sys.exit(serve(Path(sys.argv[1]), "tiny", "127.0.0.1", int(sys.argv[2])))
+"""
+
+
+@contextlib.contextmanager
+def server(model: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """`serve` in a process of its own, as the command line runs it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SERVER, str(model), str(port)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def engine_state(port: int) -> dict[str, str]:
+    state = httpx.get(f"http://127.0.0.1:{port}/health", timeout=10, trust_env=False).json()["engine"]
+    assert isinstance(state, dict)
+    return state
+
+
+def is_up(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def has_worker(process: subprocess.Popen[str]) -> bool:
+    """Whether vLLM has started the process that holds the model, the last and deepest of its family."""
+    names = []
+    for member in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(" ".join(member.cmdline()))
+    return any(name.startswith("VLLM::EngineCore") for name in names)
+
+
+def test_the_life_of_a_server(tiny_model: Path) -> None:
+    """Up at once, 503 with the stage while it loads, answers, 503 with the reason once it is dead, a clean end."""
+    port = free_port()
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    with server(tiny_model, port) as process:
+        wait_until(lambda: is_up(port), 30, "the gateway is up")
+        answer = httpx.post(url, json=body, timeout=30)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_loading"
+        assert int(answer.headers["retry-after"]) > 0
+        wait_until(lambda: engine_state(port)["state"] == "ready", SECONDS_TO_START, "the engine is ready")
+        assert httpx.post(url, json=body, timeout=60).status_code == 200
+        members = family(process)
+        core = next(member for member in members if "EngineCore" in " ".join(member.cmdline()))
+        core.kill()
+        wait_until(lambda: engine_state(port)["state"] == "dead", 30, "the engine's death is noticed")
+        assert engine_state(port)["reason"]
+        answer = httpx.post(url, json=body, timeout=30)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_stopped"
+        assert answer.json()["error"]["message"].startswith("The engine has stopped: ")
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert f"http://127.0.0.1:{port}" in output
+        assert "The engine stopped" in errors
+        assert not living(members)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 0)])
+def test_no_part_of_vllm_outlives_the_server(number: signal.Signals, code: int, tiny_model: Path) -> None:
+    port = free_port()
+    with server(tiny_model, port) as process:
+        wait_until(lambda: has_worker(process), SECONDS_TO_START, "vLLM has started its children")
+        members = family(process)
+        assert len(members) >= 3
+        process.send_signal(number)
+        assert process.wait(30) == code
+        wait_until(lambda: not living(members), 15, "every process of vLLM ended")
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    from serving.gateway import listen
+
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with server(tiny_model, port) as process:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert f"port {port}: Address already in use" in errors
+            assert len(errors.splitlines()) == 1
+    with server(tmp_path, free_port()) as process:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "config.json is missing" in errors
+        assert len(errors.splitlines()) == 1

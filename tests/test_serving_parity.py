@@ -1,0 +1,205 @@
+"""What is served is what was trained: answers through the gateway equal transformers', token by token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from assistant.checkpoint import JOEY
+from assistant.images import encode_data_url, open_picture
+from serving.engine import Dtype, LocalEngine
+from tests.conftest import SECONDS_TO_START, gateway_client
+from training.data.scenes import EVALUATION_SEED, make_scene
+
+MODEL_NAME = "parity"
+MOST_TOKENS = 24
+TOP = 5
+
+# How far two programs may lie apart in the log-probability of a token. In float32 only the order of additions differs.
+# In bfloat16 each of some dozens of roundings keeps 8 bits (2^-9 = 0.2 % relative): logits around 10 move by a few
+# hundredths each time, and 0.15 is what is left of that at the end.
+TOLERANCE: dict[Dtype, float] = {"float32": 2e-3, "bfloat16": 0.15}
+
+QUESTIONS = [
+    "What is in this picture?",
+    "How many shapes are there?",
+    "What colour is the circle?",
+    "Describe the picture.",
+    "Where is the red square?",
+    "Is there a triangle?",
+    "Write a caption.",
+    "What is on the left?",
+]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    question: str
+    pictures: list[Image.Image]
+
+    def __str__(self) -> str:
+        return f"{self.question} ({len(self.pictures)} pictures)"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ids` of the T answered tokens, the log-probability of each, and those of the likeliest tokens at each step."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: list[float]
+    likeliest: list[list[float]]
+
+
+def prompts() -> list[Prompt]:
+    """8 questions with each of 0, 1 and 2 pictures: scenes that no training has seen, and odd sizes among them."""
+    scenes = [make_scene(EVALUATION_SEED + number).image for number in range(16)]
+    scenes[0] = scenes[0].resize((317, 93))
+    scenes[1] = scenes[1].resize((64, 400))
+    made = []
+    for number, question in enumerate(QUESTIONS):
+        made += [Prompt(question, scenes[2 * number : 2 * number + count]) for count in (0, 1, 2)]
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Path:
+    """Joey, or a tiny random model in a checkout that has no weights yet."""
+    return JOEY if (JOEY / "model.safetensors").is_file() else tiny_model
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> Dtype:
+    dtype: Dtype = request.param
+    return dtype
+
+
+@pytest.fixture(scope="module")
+def served_answers(model: Path, dtype: Dtype) -> Iterator[list[Answer]]:
+    """Greedy answers of vLLM through the gateway."""
+    with LocalEngine(model, MODEL_NAME, dtype=dtype) as engine:
+        engine.wait_until_ready(SECONDS_TO_START)
+        with gateway_client(engine, engine.facts, MODEL_NAME) as client:
+            answers = [ask_gateway(client, prompt) for prompt in prompts()]
+    yield answers
+
+
+def ask_gateway(client: httpx.Client, prompt: Prompt) -> Answer:
+    pictures = [{"type": "image_url", "image_url": {"url": encode_data_url(picture)}} for picture in prompt.pictures]
+    content: list[dict[str, Any]] = [*pictures, {"type": "text", "text": prompt.question}]
+    body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": content}], "max_tokens": MOST_TOKENS}
+    body |= {"temperature": 0, "logprobs": True, "top_logprobs": TOP, "return_token_ids": True}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    steps = choice["logprobs"]["content"]
+    return Answer(
+        prompt_ids=answer.json()["prompt_token_ids"],
+        ids=choice["token_ids"],
+        logprobs=[step["logprob"] for step in steps],
+        likeliest=[sorted((top["logprob"] for top in step["top_logprobs"]), reverse=True)[:TOP] for step in steps],
+    )
+
+
+@pytest.fixture(scope="module")
+def reference_answers(model: Path, dtype: Dtype) -> list[Answer]:
+    """Greedy answers of transformers, in the same arithmetic."""
+    reference = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    processor = AutoProcessor.from_pretrained(model)
+    return [ask_transformers(reference, processor, prompt) for prompt in prompts()]
+
+
+def ask_transformers(model: Any, processor: Any, prompt: Prompt) -> Answer:
+    content: list[dict[str, Any]] = [{"type": "image"}] * len(prompt.pictures)
+    content.append({"type": "text", "text": prompt.question})
+    words = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=prompt.pictures or None, text=words, add_special_tokens=False, return_tensors="pt")
+    if prompt.pictures:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=MOST_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    length = inputs["input_ids"].shape[1]
+    ids = output.sequences[0, length:].tolist()
+    steps = [logits[0].float().log_softmax(-1) for logits in output.logits]
+    return Answer(
+        prompt_ids=inputs["input_ids"][0].tolist(),
+        ids=ids,
+        logprobs=[step[token].item() for step, token in zip(steps, ids, strict=True)],
+        likeliest=[step.topk(TOP).values.tolist() for step in steps],
+    )
+
+
+def test_the_prompt_is_the_same_to_the_token(served_answers: list[Answer], reference_answers: list[Answer]) -> None:
+    for prompt, served, reference in zip(prompts(), served_answers, reference_answers, strict=True):
+        assert served.prompt_ids == reference.prompt_ids, prompt
+
+
+def test_answers_are_equal_token_by_token(
+    served_answers: list[Answer], reference_answers: list[Answer], dtype: Dtype
+) -> None:
+    """In float32 all of them. In bfloat16 an answer may part where the two likeliest tokens lie within the tolerance:
+    there the arithmetic itself is undecided; but three answers of four must be equal to their ends.
+    """
+    parted = 0
+    for prompt, served, reference in zip(prompts(), served_answers, reference_answers, strict=True):
+        step = first_difference(served.ids, reference.ids)
+        if step is None:
+            continue
+        best, second = reference.likeliest[step][:2]
+        assert dtype == "bfloat16", f"{prompt}: {served.ids} and {reference.ids} part at {step}"
+        assert best - second < TOLERANCE[dtype], f"{prompt}: part at {step}, where the best leads by {best - second}"
+        parted += 1
+    assert parted <= len(prompts()) // 4
+
+
+def test_log_probabilities_agree(served_answers: list[Answer], reference_answers: list[Answer], dtype: Dtype) -> None:
+    """Of the answered token and of the five likeliest at every step, up to where the answers part if they do."""
+    furthest = 0.0
+    for served, reference in zip(served_answers, reference_answers, strict=True):
+        step = first_difference(served.ids, reference.ids)
+        for here, there in zip(served.logprobs[:step], reference.logprobs[:step], strict=True):
+            furthest = max(furthest, abs(here - there))
+        for these, those in zip(served.likeliest[:step], reference.likeliest[:step], strict=True):
+            # Tokens of little probability are nobody's answer, and their logits lie where the roundings are coarsest.
+            near = [abs(a - b) for a, b in zip(these, those, strict=True) if max(a, b) > -5]
+            furthest = max([furthest, *near])
+    print(f"{dtype}: log-probabilities lie at most {furthest:.2g} apart")
+    assert furthest < TOLERANCE[dtype]
+
+
+def test_answers_depend_on_the_picture(served_answers: list[Answer]) -> None:
+    """Or all of the above would prove nothing about pictures."""
+    differ = 0
+    for number in range(0, len(served_answers), 3):
+        without, one, two = (answer.logprobs for answer in served_answers[number : number + 3])
+        differ += without != one and one != two
+    assert differ == len(QUESTIONS)
+
+
+def first_difference(ours: list[int], theirs: list[int]) -> int | None:
+    """The step at which two answers part; None when they are equal."""
+    if ours == theirs:
+        return None
+    shorter = min(len(ours), len(theirs))
+    return next((step for step in range(shorter) if ours[step] != theirs[step]), shorter)
+
+
+def test_a_large_photograph_is_shrunk_alike_for_both(tmp_path: Path) -> None:
+    """The gateway and the in-process assistant open pictures with the same function, so both see the same pixels."""
+    path = tmp_path / "large.png"
+    Image.effect_noise((2500, 500), 60).convert("RGB").save(path)
+    opened = open_picture(path)
+    assert opened.size == (2048, 410)
+    assert open_picture(path.read_bytes()).tobytes() == opened.tobytes()
