@@ -2,13 +2,20 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 from PIL import Image
+
+from assistant.answering import Assistant, Request
+from assistant.images import open_picture
 
 KANGAROO = Path(sys.executable).with_name("kangaroo")
 COMMANDS = ("chat", "serve", "ask", "caption")
@@ -122,3 +129,68 @@ def test_a_hub_name_without_a_network_says_so(command: str, picture: Path) -> No
     name = "some-org/some-model"
     words = [picture, "What is this?", "--model", name] if command == "ask" else [name]
     assert_refused(kangaroo(command, *words), name, "network")
+
+
+def test_ask_answers_as_the_model_does(picture: Path, tiny_model: Path) -> None:
+    done = kangaroo("ask", picture, picture, " What is this? ", "--model", tiny_model, "--max-tokens", "12")
+    assert done.returncode == 0, done.stderr
+    opened = open_picture(picture)
+    request = Request("What is this?", (opened, opened))
+    assert done.stdout.strip() == Assistant.load(tiny_model).answer_batch([request], max_new_tokens=12)[0]
+
+
+def test_caption_goes_on_after_a_bad_picture(picture: Path, tiny_model: Path, tmp_path: Path) -> None:
+    bad, last = tmp_path / "bad.png", tmp_path / "last.jpg"
+    bad.write_bytes(b"no picture")
+    Image.new("RGB", (50, 50), "blue").save(last)
+    done = kangaroo("caption", picture, bad, last, "--model", tiny_model)
+    assert done.returncode == 1
+    captions = [line.partition(": ") for line in done.stdout.splitlines()]
+    assert [path for path, _, _ in captions] == [str(picture), str(last)]
+    assert all(text for _, _, text in captions)
+    assert str(bad) in done.stderr
+    assert "1 of 3 pictures could not be read" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_a_port_in_use_is_refused(command: str, tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(kangaroo(command, tiny_model, "--port", str(port)), str(port), "--port")
+
+
+def test_chat_shows_its_page_while_the_engine_loads_and_ends_on_ctrl_c(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    words = [str(KANGAROO), "chat", str(tiny_model), "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chat:
+        try:
+            page = wait_for_page(address, 120)
+            assert "<title>Kangaroo</title>" in page or '"title":"Kangaroo"' in page
+            state = httpx.get(f"{address}/health", timeout=10).json()["engine"]["state"]
+            assert state in ("loading", "ready")
+            started = psutil.Process(chat.pid).children(recursive=True)
+            assert started, "no engine was started"
+            chat.send_signal(signal.SIGINT)
+            printed, complaints = chat.communicate(timeout=60)
+        finally:
+            chat.kill()
+    assert chat.returncode == 130, complaints
+    assert address in printed
+    assert "Traceback" not in complaints
+    assert psutil.wait_procs(started, timeout=10)[1] == [], "the engine outlived the command"
+
+
+def wait_for_page(address: str, seconds: float) -> str:
+    """The page at `address`, once it is there."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            answer = httpx.get(address, timeout=10)
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, f"no page at {address} within {seconds} s"
+            time.sleep(0.2)
+        else:
+            assert answer.status_code == 200
+            return answer.text

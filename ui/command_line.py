@@ -146,7 +146,31 @@ def caption(images: PicturesArgument, model: ModelOption = None) -> None:
         raise fail(f"{unread} of {len(images)} pictures could not be read.")
 
 
-# `kangaroo train` goes here: a command that imports training.recipe late.
+@app.command(epilog="Example: kangaroo train scenes    (needs no data)   or   kangaroo train joey --data pictures/")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (scenes, joey) or a .yaml file.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(envvar="KANGAROO_DATA", help="The folder of Parquet shards that the recipe names.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Where stages, checkpoints and the result go.")] = Path("runs"),
+    stage: Annotated[str | None, typer.Option(help="Run this stage alone, on what those before it left.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Two tiny steps of each stage, to see that all fits together.")
+    ] = False,
+) -> None:
+    """Train a model by a recipe, stage after stage; run it again to go on where it stopped."""
+    from training.config import RecipeError, read_recipe, rehearsal
+    from training.data.pictures import DataError
+    from training.recipe import run_recipe
+
+    with plain_errors(RecipeError, DataError):
+        read = read_recipe(recipe)
+        try:
+            result = run_recipe(rehearsal(read) if rehearse else read, data, runs, stage)
+        except KeyboardInterrupt:
+            tell("stopped. The same command goes on from the newest checkpoint.")
+            raise typer.Exit(130) from None
+    print(f"The result is in {result}. Try it: kangaroo chat {result}")
 
 
 def open_readable(paths: Sequence[Path]) -> "list[tuple[Path, Image]]":

@@ -267,6 +267,10 @@ class ChatPage:
                 turn = replace(turn, problem="The model ended its answer without a word.")
         except (openai.APIError, httpx2.HTTPError, OSError) as error:
             turn = replace(turn, problem=explain(error))
+            if isinstance(error, openai.BadRequestError) and earlier:
+                turn = replace(
+                    turn, problem=f"{turn.problem} A conversation that grew too long starts anew with Clear."
+                )
         finally:
             # Stop and a closed tab end this generator at a yield or an await: either way the request ends with it.
             await pieces.aclose()  # type: ignore[attr-defined]
