@@ -202,7 +202,9 @@ def text_sources(
     excluded = {
         c for shard in exclude_captions_of for row in read_rows(workshop.data_folder(), shard) for c in row.captions
     }
-    shards = {s.shard: read_texts(workshop.data_folder(), s.shard, excluded) for s in sources if s.shard}
+    shards: dict[str | None, list[TextRow]] = {
+        s.shard: read_texts(workshop.data_folder(), s.shard, excluded) for s in sources if s.shard
+    }
     return [_text_rows(source, shards) for source in sources]
 
 
@@ -237,7 +239,7 @@ def lesson_mixture(stage: InstructStage, side: int, workshop: Workshop, samples:
     """Lessons to train on, for `samples` places."""
     lessons: list[Source[Lesson]] = [_lessons(source, stage, side, workshop, 0, True) for source in stage.mixture]
     lessons += [TextLessons(rows, LONGEST_PROMPT_CHARACTERS) for rows in text_sources(stage.texts, workshop)]
-    weights = [source.weight for source in (*stage.mixture, *stage.texts)]
+    weights = [source.weight for source in stage.mixture] + [source.weight for source in stage.texts]
     return Mixture(lessons, weights, samples, stage.schedule.seed)
 
 

@@ -159,4 +159,5 @@ def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArgumen
         seed=schedule.seed,
         data_seed=schedule.seed,
         report_to="none",
+        log_level="warning",
     )
