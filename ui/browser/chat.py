@@ -268,9 +268,7 @@ class ChatPage:
         except (openai.APIError, httpx2.HTTPError, OSError) as error:
             turn = replace(turn, problem=explain(error))
             if isinstance(error, openai.BadRequestError) and earlier:
-                turn = replace(
-                    turn, problem=f"{turn.problem} A conversation that grew too long starts anew with Clear."
-                )
+                turn = replace(turn, problem=f"{turn.problem} Has it grown too long? Clear starts anew.")
         finally:
             # Stop and a closed tab end this generator at a yield or an await: either way the request ends with it.
             await pieces.aclose()  # type: ignore[attr-defined]
