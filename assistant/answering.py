@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextIteratorStreamer
 
 from assistant.chat import user_message
-from assistant.checkpoint import find_model, load_llava
+from assistant.checkpoint import load_llava
+from assistant.models import find_model
 
 CAPTION_QUESTION = "Describe this picture in one sentence."
 

@@ -1,69 +1,14 @@
-"""Read and write checkpoints: the published key layout, complete folders, and where a named model is."""
+"""Read and write checkpoints in the key layout that llava-hf publishes."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-JOEY = Path(__file__).parent / "joey"
-EMBEDDER = "embedder"  # the folder, inside a model's, of the tower with its text half
-REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-
-
-class ModelError(ValueError):
-    """A model that cannot be found or used; the message says what is wrong and the way out."""
-
-
-def find_model(name: str | Path | None = None) -> Path:
-    """The complete local folder of `name`: Joey where None, else a folder, else a model of the hub by its name.
-
-    Raises ModelError when a file of the folder is missing, or the hub cannot be reached and holds no copy here.
-    """
-    if name is None:
-        return require_complete(JOEY)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return require_complete(folder)
-    if folder.exists():
-        raise ModelError(f"{name} is a file; a model is a folder with config.json, weights and processor")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise ModelError(f"there is no folder {name}, and it is no hub name (those look like owner/model)")
-    try:
-        return require_complete(Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"])))
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{name} is not on this machine and the hub cannot be reached; "
-            "check the network, or name a folder, or leave the name out to use Joey"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"the hub refused {name}: {str(error).splitlines()[0]}") from error
-
-
-def require_complete(folder: Path) -> Path:
-    """`folder`, when it holds all that an assistant needs. Raises ModelError naming every missing file."""
-    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        missing.append(PROCESSOR_FILES[0])
-    missing += missing_weights(folder)
-    if missing:
-        raise ModelError(f"the model folder {folder} lacks {', '.join(missing)}; export or copy it again")
-    return folder
-
-
-def missing_weights(folder: Path) -> list[str]:
-    """Names of weight files that `folder` should hold and does not."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        return sorted(name for name in shards if not (folder / name).is_file())
-    return [] if (folder / "model.safetensors").is_file() else ["model.safetensors"]
+from assistant.models import ModelError, require_complete
 
 
 def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

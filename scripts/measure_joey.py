@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from assistant.answering import Assistant
-from assistant.checkpoint import ModelError
+from assistant.models import ModelError
 from training.data.pictures import DataError
 from training.evaluation.scorecard import measure
 

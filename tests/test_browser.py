@@ -379,7 +379,7 @@ def test_a_server_that_is_gone_is_said_to_be(browser: Browser, engine: LocalEngi
 @pytest.mark.skipif(os.environ.get("KANGAROO_SCREENSHOT") != "1", reason="only with KANGAROO_SCREENSHOT=1")
 def test_take_the_screenshot_of_the_readme(browser: Browser) -> None:
     """Joey himself, asked about one of the page's own examples; writes docs/chat.png."""
-    from assistant.checkpoint import find_model
+    from assistant.models import find_model
 
     with LocalEngine(find_model(), MODEL_NAME) as joey:
         joey.wait_until_ready(400)

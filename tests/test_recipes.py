@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from assistant.answering import Assistant, Request
-from assistant.checkpoint import EMBEDDER
+from assistant.models import EMBEDDER
 from tests.shards import write_shards
 from training.config import RECIPES, Recipe, RecipeError, read_recipe, rehearsal
 from training.data.pictures import DataError

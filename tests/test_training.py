@@ -11,7 +11,8 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from assistant.chat import ConversationError, assistant_message, encode_conversation, encode_prompt, user_message
-from assistant.checkpoint import ModelError, load_llava
+from assistant.checkpoint import load_llava
+from assistant.models import ModelError
 from tests.tiny import make_tiny_llava, make_tiny_tokenizer
 from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, DecodedPictures, PictureRow

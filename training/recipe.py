@@ -7,7 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from assistant.checkpoint import EMBEDDER, copy_model
+from assistant.checkpoint import copy_model
+from assistant.models import EMBEDDER
 from training.config import InstructStage, LanguageStage, Recipe, RecipeError, Stage, TokenizerStage, TowerStage
 from training.data.pictures import shard_files
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower

@@ -120,7 +120,7 @@ def ask(
         pictures = tuple(open_picture(path) for path in images)
 
     from assistant.answering import Assistant, Request
-    from assistant.checkpoint import ModelError
+    from assistant.models import ModelError
 
     with plain_errors(ModelError):
         assistant = Assistant.load(model)
@@ -189,7 +189,7 @@ def open_readable(paths: Sequence[Path]) -> "list[tuple[Path, Image]]":
 def load_captioner(model: str | None) -> "Callable[[Sequence[Image]], list[str]]":
     """A function that captions a batch of pictures; ends the command when the model cannot be loaded."""
     from assistant.answering import CAPTION_QUESTION, Assistant, Request
-    from assistant.checkpoint import ModelError
+    from assistant.models import ModelError
 
     with plain_errors(ModelError):
         assistant = Assistant.load(model)
@@ -198,7 +198,7 @@ def load_captioner(model: str | None) -> "Callable[[Sequence[Image]], list[str]]
 
 def run_server(model: str | None, host: str, port: int, with_page: bool, open_page: bool = False) -> None:
     """Runs engine and gateway, with the page where wanted, until Ctrl-C; exit code 130 then."""
-    from assistant.checkpoint import ModelError, find_model
+    from assistant.models import ModelError, find_model
 
     with plain_errors(ModelError):
         folder = find_model(model)

@@ -1,0 +1,73 @@
+"""Find a model by name - Joey, a folder, or one of the hub - and see that its folder is complete."""
+
+import json
+import re
+from pathlib import Path
+
+JOEY = Path(__file__).parent / "joey"
+EMBEDDER = "embedder"  # the folder, inside a model's, of the tower with its text half
+REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")  # the second is the older way
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+class ModelError(ValueError):
+    """A model that cannot be found or used; the message says what is wrong and the way out."""
+
+
+def find_model(name: str | Path | None = None) -> Path:
+    """The complete local folder of `name`: Joey where None, else a folder, else a model of the hub by its name.
+
+    Raises ModelError when a file of the folder is missing, or the hub cannot be reached and holds no copy here.
+    """
+    if name is None:
+        return require_complete(JOEY)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return require_complete(folder)
+    if folder.exists():
+        raise ModelError(f"{name} is a file; a model is a folder with config.json, weights and processor")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise ModelError(f"there is no folder {name}, and it is no hub name (those look like owner/model)")
+    # Late, like everything slow: a page over a local folder is up before the hub's client would be.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return require_complete(Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"])))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{name} is not on this machine and the hub cannot be reached; "
+            "check the network, or name a folder, or leave the name out to use Joey"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"the hub refused {name}: {str(error).splitlines()[0]}") from error
+
+
+def require_complete(folder: Path) -> Path:
+    """`folder`, when it holds all that an assistant needs. Raises ModelError naming every missing file."""
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        missing.append(PROCESSOR_FILES[0])
+    if not has_template(folder):
+        missing.append(TEMPLATE_FILES[0])
+    missing += missing_weights(folder)
+    if missing:
+        raise ModelError(f"the model folder {folder} lacks {', '.join(missing)}; export or copy it again")
+    return folder
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a chat template travels with the weights: in a file of its own, or inside the tokenizer's settings."""
+    settings = folder / "tokenizer_config.json"
+    inside = settings.is_file() and "chat_template" in json.loads(settings.read_text())
+    return inside or any((folder / name).is_file() for name in TEMPLATE_FILES)
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Names of weight files that `folder` should hold and does not."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return sorted(name for name in shards if not (folder / name).is_file())
+    return [] if (folder / "model.safetensors").is_file() else ["model.safetensors"]
