@@ -104,7 +104,7 @@ def test_openai_s_own_client_chats_and_streams(gateway: httpx.Client) -> None:
 
 def test_a_stream_comes_piece_by_piece(gateway: httpx.Client) -> None:
     arrived = []
-    long = request(stream=True, n=8, max_tokens=900, ignore_eos=True)
+    long = request(stream=True, n=4, temperature=1, max_tokens=300, ignore_eos=True)
     with gateway.stream("POST", PATH, json=long) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = []
@@ -349,7 +349,7 @@ def test_a_client_that_goes_away_ends_the_engine_s_work(
     wait_until_idle(engine, 20)
     address = gateway.base_url
     before = vllm_number(engine, "generation_tokens_total")
-    body = json.dumps(request(n=8, max_tokens=900, ignore_eos=True, stream=stream)).encode()
+    body = json.dumps(request(n=8, temperature=1, max_tokens=900, ignore_eos=True, stream=stream)).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((address.host, address.port or 80), timeout=20) as client:
         client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
