@@ -1,8 +1,10 @@
 """Read and write checkpoints in the key layout that llava-hf publishes."""
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,6 +45,18 @@ def load_llava(
                 f"{folder}: {problem.replace('_', ' ')}: {', '.join(map(str, sorted(report[problem])[:5]))}"
             )
     return model, LlavaProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+    """Store the weights of `folder` as `dtype` (bfloat16 halves them), and say so in its config."""
+    file = folder / "model.safetensors"
+    weights = {key: value.to(getattr(torch, dtype)) for key, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = dtype
+    for part in ("text_config", "vision_config"):
+        config.get(part, {})["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def copy_model(source: Path, target: Path) -> None:

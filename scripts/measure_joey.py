@@ -10,6 +10,7 @@ import typer
 from assistant.answering import Assistant
 from assistant.models import ModelError
 from training.data.pictures import DataError
+from training.evaluation.card import model_card
 from training.evaluation.scorecard import measure
 
 
@@ -26,6 +27,7 @@ def main(
         int | None, typer.Option(min=2, help="At most so many pictures and scenes, for a quick look.")
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Number of generated scenes.")] = 500,
+    card: Annotated[bool, typer.Option("--card", help="Also write the model's card into its folder.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 64,
 ) -> None:
     """Measure MODEL on unseen scenes, on captions of Flickr8k validation and on yes/no questions of COCO validation."""
@@ -41,6 +43,9 @@ def main(
     report = {"model": model.resolve().name, "seconds": round(time.monotonic() - start), **report}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if card:
+        provenance = json.loads((model / "provenance.json").read_text(encoding="utf-8"))
+        (model / "README.md").write_text(model_card(provenance, report), encoding="utf-8")
     typer.echo(f"scores written to {out}")
 
 

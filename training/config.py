@@ -159,6 +159,7 @@ class Recipe(Strict):
     stages: tuple[Stage, ...] = Field(min_length=1)
     publish: str = Field(description="the stage whose LLaVA is the result")
     embedder: str | None = Field(None, description="the stage whose SiglipModel is kept beside it")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the published weights")
 
     @model_validator(mode="after")
     def _stages_exist(self) -> "Recipe":

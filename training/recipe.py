@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from assistant.checkpoint import copy_model
+from assistant.checkpoint import convert_weights, copy_model
 from assistant.models import EMBEDDER
 from training.config import InstructStage, LanguageStage, Recipe, RecipeError, Stage, TokenizerStage, TowerStage
 from training.data.pictures import shard_files
@@ -70,6 +70,8 @@ def publish(recipe: Recipe, workshop: Workshop) -> Path:
     copy_model(workshop.output(recipe.publish), folder)
     if recipe.embedder is not None:
         copy_model(workshop.output(recipe.embedder), folder / EMBEDDER)
+        convert_weights(folder / EMBEDDER, recipe.dtype)
+    convert_weights(folder, recipe.dtype)
     (folder / "provenance.json").write_text(json.dumps(provenance(recipe, workshop), indent=2) + "\n")
     return folder
 
