@@ -31,7 +31,8 @@ pipeline_tag: image-text-to-text
 
 Joey is the small assistant that ships with Kangaroo: a SigLIP-shaped vision tower, a two-layer projector and a
 Llama-shaped language model, joined as one LLaVA and trained from nothing by `training/recipes/joey.yaml`.
-It exists so that everything works with no download. It is small, it saw few pictures, and it is often wrong; do not rely on what it says.
+It exists so that everything works with no download. It is small, it saw few pictures, and it is often wrong; do not
+rely on what it says.
 
 **For research and demonstration only**, because some of the pictures it was trained on may be used for research only.
 """
