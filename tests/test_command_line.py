@@ -194,3 +194,29 @@ def wait_for_page(address: str, seconds: float) -> str:
         else:
             assert answer.status_code == 200
             return answer.text
+
+
+def test_train_refuses_what_it_cannot_run_before_it_starts(tmp_path: Path) -> None:
+    """An unknown recipe names the shipped ones; missing data name the way out; nothing is left behind."""
+    runs = tmp_path / "runs"
+    assert_refused(kangaroo("train", "jeoy", "--runs", runs), "no recipe jeoy", "joey, scenes")
+    assert_refused(
+        kangaroo("train", "joey", "--runs", runs, "--data", tmp_path), "caltech101-train-00.parquet", "--data"
+    )
+    assert_refused(kangaroo("train", "scenes", "--runs", runs, "--stage", "tune"), "no stage 'tune'", "instruct")
+    assert not runs.exists()
+
+
+def test_train_stops_at_ctrl_c_and_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C in the middle ends with code 130 and one line; the same command finishes what was begun."""
+    words = [KANGAROO, "train", "scenes", "--rehearse", "--stage", "tokenizer", "--runs", tmp_path / "runs"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("[1/1] tokenizer")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 130 and "goes on" in said and "Traceback" not in said
+    done = kangaroo(*words[1:])
+    assert done.returncode == 0, done.stderr
+    assert f"The result is in {tmp_path / 'runs' / 'scenes-rehearsal' / 'tokenizer' / 'output'}" in done.stdout
+    assert (tmp_path / "runs" / "scenes-rehearsal" / "tokenizer" / "output" / "tokenizer.json").is_file()
