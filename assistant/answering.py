@@ -13,8 +13,6 @@ from assistant.chat import user_message
 from assistant.checkpoint import load_llava
 from assistant.models import find_model
 
-CAPTION_QUESTION = "Describe this picture in one sentence."
-
 
 @dataclass(frozen=True)
 class Request:

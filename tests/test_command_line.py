@@ -209,7 +209,16 @@ def test_train_refuses_what_it_cannot_run_before_it_starts(tmp_path: Path) -> No
 
 def test_train_stops_at_ctrl_c_and_goes_on(tmp_path: Path) -> None:
     """Ctrl-C in the middle ends with code 130 and one line; the same command finishes what was begun."""
-    words = [KANGAROO, "train", "scenes", "--rehearse", "--stage", "tokenizer", "--runs", tmp_path / "runs"]
+    words: list[str | Path] = [
+        KANGAROO,
+        "train",
+        "scenes",
+        "--rehearse",
+        "--stage",
+        "tokenizer",
+        "--runs",
+        tmp_path / "runs",
+    ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("[1/1] tokenizer")

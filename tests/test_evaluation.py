@@ -14,7 +14,8 @@ import pyarrow.parquet as parquet
 import pytest
 from tiny import make_tiny_llava
 
-from assistant.answering import CAPTION_QUESTION, Assistant, Request
+from assistant.answering import Assistant, Request
+from assistant.questions import CAPTION_QUESTION
 from training.data.pictures import DataError, read_rows
 from training.data.scenes import EVALUATION_SEED, Scene, make_scene
 from training.evaluation.answers import accuracy, accuracy_by_kind, normalised

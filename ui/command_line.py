@@ -188,8 +188,9 @@ def open_readable(paths: Sequence[Path]) -> "list[tuple[Path, Image]]":
 
 def load_captioner(model: str | None) -> "Callable[[Sequence[Image]], list[str]]":
     """A function that captions a batch of pictures; ends the command when the model cannot be loaded."""
-    from assistant.answering import CAPTION_QUESTION, Assistant, Request
+    from assistant.answering import Assistant, Request
     from assistant.models import ModelError
+    from assistant.questions import CAPTION_QUESTION
 
     with plain_errors(ModelError):
         assistant = Assistant.load(model)

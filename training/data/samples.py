@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from assistant.answering import CAPTION_QUESTION
+from assistant.questions import CAPTION_QUESTION
 from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, DecodedPictures, PictureRow, read_rows
 from training.data.scenes import make_scene
@@ -21,10 +21,11 @@ from training.objectives.siglip import CaptionedView
 CAPTION_QUESTIONS = (
     CAPTION_QUESTION,
     "Describe this picture.",
+    "What is in this picture?",
     "What is happening in this picture?",
     "Write a caption for this picture.",
 )
-LABEL_QUESTIONS = ("What is this?", "What is in this picture?", "What does this picture show?")
+LABEL_QUESTIONS = ("What is this?", "What is the main thing in this picture?", "What kind of picture is this?")
 SMALLEST_CROP = 0.5  # of the area, for contrastive views
 SMALLEST_LESSON_CROP = 0.8  # of the area, where the words name details that a small crop would lose
 
@@ -137,11 +138,12 @@ class ShardLessons:
 
 
 def _caption_turns(row: PictureRow, generator: np.random.Generator) -> list[tuple[str, str]]:
+    return [(_caption_question(generator), sentence(caption)) for caption in row.captions]
+
+
+def _caption_question(generator: np.random.Generator) -> str:
     # The canonical question half the time: it is what `kangaroo caption` asks.
-    return [
-        (CAPTION_QUESTION if generator.random() < 0.5 else pick(CAPTION_QUESTIONS, generator), sentence(caption))
-        for caption in row.captions
-    ]
+    return CAPTION_QUESTION if generator.random() < 0.5 else pick(CAPTION_QUESTIONS, generator)
 
 
 def _label_turns(row: PictureRow, generator: np.random.Generator) -> list[tuple[str, str]]:
@@ -173,7 +175,7 @@ class SceneLessons:
         scene = make_scene(self.first_seed + index, self.side)
         turns = [(question.question, question.answer) for question in scene.questions]
         if generator.random() < 0.5:
-            turns.append((CAPTION_QUESTION, sentence(pick(scene.captions, generator))))
+            turns.append((_caption_question(generator), sentence(pick(scene.captions, generator))))
         shuffled = tuple(turns[i] for i in generator.permutation(len(turns)))
         return Lesson(f"scene {scene.seed}", (_pixels(scene.image),), shuffled, bool(generator.random() < 0.2))
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from PIL import Image
 from rich.progress import track
 
-from assistant.answering import CAPTION_QUESTION, Request
+from assistant.answering import Request
 from assistant.images import PictureError, open_picture
+from assistant.questions import CAPTION_QUESTION
 from training.data.pictures import DataError, PictureRow, read_rows
 from training.data.scenes import EVALUATION_SEED, make_scene
 from training.evaluation.answers import accuracy, accuracy_by_kind

@@ -16,6 +16,7 @@ from gradio.components.chatbot import ExampleMessage
 from starlette.middleware import Middleware
 
 from assistant.images import PictureError, open_picture
+from assistant.questions import CAPTION_QUESTION
 from ui.browser.conversation import Turn, to_gradio, to_openai
 from ui.browser.look import CSS, ContentRule, page_theme
 
@@ -29,7 +30,6 @@ EXAMPLES = (
 )
 PICTURE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 UPLOAD_LIMIT = "20mb"
-PICTURE_QUESTION = "What is in this picture?"
 
 _POLL_SECONDS = 1.0
 # Joey writes several hundred tokens a second; a page that redraws for each one only gets slower.
@@ -224,7 +224,7 @@ class ChatPage:
             gr.Warning(wrong, title="Not sent", duration=12)
             yield _keep(4)
             return
-        turn = Turn(question.strip() or PICTURE_QUESTION, tuple(Path(path) for path in files))
+        turn = Turn(question.strip() or CAPTION_QUESTION, tuple(Path(path) for path in files))
         async for update in self._answer([*turns, turn], Sampling(temperature, top_p, int(max_tokens)), clear_box=True):
             yield update
 
