@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from assistant.checkpoint import JOEY
 from assistant.images import encode_data_url, open_picture
+from assistant.models import JOEY
 from serving.engine import Dtype, LocalEngine
 from tests.conftest import SECONDS_TO_START, gateway_client
 from training.data.scenes import EVALUATION_SEED, make_scene
