@@ -69,30 +69,30 @@ process = subprocess.Popen(
     stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
 )
 process.stdout.readline()
-print("up", flush=True)
-{then}
+{also}
+print(process.pid, flush=True)
+time.sleep(600)
 """
-
 
 Family = tuple[subprocess.Popen[bytes], list[psutil.Process]]
 
 
 @contextlib.contextmanager
-def parent_of(
-    program: str, then: str = "time.sleep(600)"
-) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
-    """A process that runs `program` under a supervisor, and its descendants: supervisor, program, stubborn child."""
-    command = [sys.executable, "-c", PARENT.format(then=then), supervisor.__file__, program]
+def parent_of(program: str, also: str = "") -> Iterator[Family]:
+    """A process that runs `program` under a supervisor; and the supervisor, the program and its stubborn child."""
+    command = [sys.executable, "-c", PARENT.format(also=also), supervisor.__file__, program]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == b"up\n"
-        descendants = psutil.Process(parent.pid).children(recursive=True)
-        assert len(descendants) == 3
+        everybody: list[psutil.Process] = []
         try:
-            yield parent, descendants
+            assert parent.stdout is not None
+            leader = psutil.Process(int(parent.stdout.readline()))
+            everybody = psutil.Process(parent.pid).children(recursive=True)
+            supervised = [leader, *leader.children(recursive=True)]
+            assert len(supervised) == 3
+            yield parent, supervised
         finally:
             parent.kill()
-            for process in living(descendants):
+            for process in living(everybody):
                 process.kill()
 
 
@@ -100,29 +100,26 @@ def parent_of(
 def test_nothing_outlives_a_parent_that_a_signal_ends(number: signal.Signals) -> None:
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (parent, descendants):
         parent.send_signal(number)
-        wait_until(lambda: not living(descendants), 10, "all descendants ended")
+        wait_until(lambda: not living(descendants), 30, "all descendants ended")
 
 
 def test_nothing_outlives_a_parent_whose_pipe_a_fork_holds_open() -> None:
     """A forked worker keeps a copy of the pipe, so its end does not come; the parent's id tells."""
-    then = "os.fork() == 0 and time.sleep(30); time.sleep(600)"
-    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)"), then) as (parent, descendants):
-        fork = [p for p in psutil.Process(parent.pid).children() if p not in descendants]
+    also = "if os.fork() == 0: time.sleep(600)"
+    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)"), also) as (parent, descendants):
         parent.kill()
-        wait_until(lambda: not living(descendants), 10, "all descendants ended")
-        for process in fork:
-            process.kill()
+        wait_until(lambda: not living(descendants), 30, "all descendants ended")
 
 
 def test_a_program_that_ends_takes_its_children_with_it() -> None:
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(1); sys.exit(7)")) as (_, descendants):
-        wait_until(lambda: not living(descendants), 10, "all descendants ended")
+        wait_until(lambda: not living(descendants), 30, "all descendants ended")
 
 
 def test_the_program_ends_when_its_supervisor_is_killed() -> None:
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (_, descendants):
         descendants[0].kill()
-        wait_until(lambda: not living(descendants[:2]), 10, "supervisor and program ended")
+        wait_until(lambda: not living(descendants[:2]), 30, "supervisor and program ended")
 
 
 @pytest.mark.parametrize(("ending", "code"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
@@ -191,7 +188,7 @@ def test_every_flag_is_known_to_this_vllm(tiny_model: Path) -> None:
     command = vllm_command(read_model_folder(tiny_model), "joey", 1234, "bfloat16", most_pictures=8)
     program = (
         "import sys\n"
-        "from vllm.entrypoints.openai.cli_args import make_arg_parser\n"
+        "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
         "make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])\n"
     )
