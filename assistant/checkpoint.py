@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -36,9 +37,12 @@ def load_llava(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor of `folder`. Raises ModelError when a weight is missing, unexpected or of another shape."""
-    model, report = LlavaForConditionalGeneration.from_pretrained(
-        require_complete(folder), dtype=dtype, output_loading_info=True, local_files_only=True
-    )
+    try:
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            require_complete(folder), dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: the weights are damaged ({error}); export or copy them again") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise ModelError(

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 JOEY = Path(__file__).parent / "joey"
 EMBEDDER = "embedder"  # the folder, inside a model's, of the tower with its text half
@@ -45,7 +46,12 @@ def find_model(name: str | Path | None = None) -> Path:
 
 
 def require_complete(folder: Path) -> Path:
-    """`folder`, when it holds all that an assistant needs. Raises ModelError naming every missing file."""
+    """`folder`, when it holds all that an assistant needs.
+
+    Raises ModelError naming every missing file, or the one that is not readable JSON.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"there is no model folder {folder}")
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         missing.append(PROCESSOR_FILES[0])
@@ -54,13 +60,26 @@ def require_complete(folder: Path) -> Path:
     missing += missing_weights(folder)
     if missing:
         raise ModelError(f"the model folder {folder} lacks {', '.join(missing)}; export or copy it again")
+    for name in REQUIRED_FILES:
+        read_json(folder / name)
     return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises ModelError when it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged: not readable as JSON ({error}); export or copy it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} is damaged: a JSON object was expected; export or copy it again")
+    return content
 
 
 def has_template(folder: Path) -> bool:
     """Whether a chat template travels with the weights: in a file of its own, or inside the tokenizer's settings."""
     settings = folder / "tokenizer_config.json"
-    inside = settings.is_file() and "chat_template" in json.loads(settings.read_text())
+    inside = settings.is_file() and "chat_template" in read_json(settings)
     return inside or any((folder / name).is_file() for name in TEMPLATE_FILES)
 
 
@@ -68,6 +87,6 @@ def missing_weights(folder: Path) -> list[str]:
     """Names of weight files that `folder` should hold and does not."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        shards = set(read_json(index).get("weight_map", {}).values())
         return sorted(name for name in shards if not (folder / name).is_file())
     return [] if (folder / "model.safetensors").is_file() else ["model.safetensors"]

@@ -91,7 +91,7 @@ class LocalEngine:
 
     Raises:
         EngineError: vLLM is not installed.
-        ModelFolderError: a file is missing in the folder.
+        ModelError: a file is missing in the folder.
     """
 
     def __init__(

@@ -17,10 +17,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from assistant.images import PictureLimits
+from assistant.models import ModelError
 from serving.body_limit import BodyLimit
 from serving.engine import Engine, EngineError, LocalEngine, Phase
 from serving.errors import ApiError, error_response, install_error_handlers
-from serving.model_folder import ModelFacts, ModelFolderError
+from serving.model_folder import ModelFacts
 from serving.plain_text import PlainText
 from serving.routes import chat
 from serving.upstream import Upstream
@@ -129,7 +130,7 @@ def serve(
             print(f"Kangaroo is at {address} (the engine's log: {engine.log_path})", flush=True)
             threading.Thread(target=_tell_changes, args=[engine], daemon=True).start()
             run(attach(app) if attach else app, listener)
-    except (EngineError, ModelFolderError, ListenError) as error:
+    except (EngineError, ModelError, ListenError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

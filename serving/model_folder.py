@@ -1,15 +1,10 @@
-"""What a model folder must hold to be served, and what its configuration says about serving it."""
+"""What the configuration in a model folder says about serving it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-
-
-class ModelFolderError(ValueError):
-    """A model folder that cannot be served; the message names the file at fault."""
+from assistant.models import read_json, require_complete
 
 
 @dataclass(frozen=True)
@@ -23,18 +18,12 @@ class ModelFacts:
 
 
 def read_model_folder(folder: Path) -> ModelFacts:
-    """Check that every file is there and read what serving needs to know.
+    """What serving needs to know of the complete `folder`.
 
     Raises:
-        ModelFolderError: the folder or a file in it is missing or is not readable JSON.
+        ModelError: the folder or a file in it is missing or damaged.
     """
-    if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: there is no such model folder.")
-    config = _read_json(folder / "config.json")
-    _read_json(folder / "tokenizer.json")
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise _missing(folder / PROCESSOR_FILES[0])
-    _check_weights(folder)
+    config = read_json(require_complete(folder) / "config.json")
     text_config = config.get("text_config", config)
     return ModelFacts(
         folder=folder,
@@ -44,35 +33,8 @@ def read_model_folder(folder: Path) -> ModelFacts:
     )
 
 
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise _missing(folder / "model.safetensors")
-        return
-    for name in sorted(set(_read_json(index).get("weight_map", {}).values())):
-        if not (folder / name).is_file():
-            raise _missing(folder / name)
-
-
 def _picture_token(folder: Path, config: dict[str, Any]) -> str | None:
     """The token that stands for a picture, which nobody may type: its id is in the configuration."""
     number = config.get("image_token_index", config.get("image_token_id"))
-    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
     return next((token["content"] for token in added if token["id"] == number), None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise _missing(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelFolderError(f"{path}: not readable as JSON; the file is damaged ({error}).") from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{path}: a JSON object was expected.")
-    return content
-
-
-def _missing(path: Path) -> ModelFolderError:
-    return ModelFolderError(f"{path} is missing. The model folder is not complete: copy or export the model again.")

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from assistant.models import ModelError
 from serving import supervisor
 from serving.engine import (
     EngineError,
@@ -28,7 +29,7 @@ from serving.engine import (
     vllm_command,
     vllm_environment,
 )
-from serving.model_folder import ModelFacts, ModelFolderError, read_model_folder
+from serving.model_folder import ModelFacts, read_model_folder
 from tests.conftest import SECONDS_TO_START
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,7 +219,7 @@ def test_without_vllm_the_way_out_is_told(tiny_model: Path, monkeypatch: pytest.
 def test_a_missing_file_is_named(name: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (folder / name).unlink()
-    with pytest.raises(ModelFolderError, match=rf"model/{name} is missing"):
+    with pytest.raises(ModelError, match=rf"model lacks {name}"):
         read_model_folder(folder)
 
 
@@ -227,12 +228,12 @@ def test_a_missing_shard_and_a_damaged_configuration_are_named(tiny_model: Path,
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(ModelFolderError, match=r"model-00002-of-00002\.safetensors is missing"):
+    with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors"):
         read_model_folder(folder)
     (folder / "config.json").write_text('{"architectures": [')
-    with pytest.raises(ModelFolderError, match=r"config\.json: not readable as JSON"):
+    with pytest.raises(ModelError, match=r"config\.json is damaged: not readable as JSON"):
         read_model_folder(folder)
-    with pytest.raises(ModelFolderError, match="no such model folder"):
+    with pytest.raises(ModelError, match="no model folder"):
         read_model_folder(tmp_path / "nowhere")
 
 
@@ -384,5 +385,5 @@ def test_a_server_that_cannot_start_says_why_in_one_line(tiny_model: Path, tmp_p
     with server(tmp_path, free_port()) as process:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert "config.json is missing" in errors
+        assert "lacks config.json" in errors
         assert len(errors.splitlines()) == 1

@@ -242,6 +242,10 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"missing keys.*multi_modal_projector"):
         load_llava(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="the weights are damaged"):
+        load_llava(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"lacks tokenizer\.json"):
         load_llava(folder)
