@@ -230,6 +230,7 @@ def test_a_missing_shard_and_a_damaged_configuration_are_named(tiny_model: Path,
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors"):
         read_model_folder(folder)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
     (folder / "config.json").write_text('{"architectures": [')
     with pytest.raises(ModelError, match=r"config\.json is damaged: not readable as JSON"):
         read_model_folder(folder)
