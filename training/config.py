@@ -131,6 +131,7 @@ class InstructStage(Strict):
     language_model: str | None = Field(None, description="stage or folder of the language model to join")
     start_from: str | None = Field(None, description="stage or folder of a LLaVA that goes on")
     trains: tuple[Part, ...] = Field(min_length=1, description="tower, projector, language")
+    rates: dict[Part, float] = Field({}, description="share of the learning rate for a part; 1 where unset")
     turns: int = Field(5, ge=1, description="most turns of one lesson")
     longest: int = Field(400, ge=128, description="most tokens of one lesson")
     length_power: float = Field(0.0, ge=0, le=1, description="tokens of an n-token answer weigh n to the minus this")

@@ -25,6 +25,10 @@ class Objective(nn.Module):
         """Names (as in `named_parameters`) of exactly the parameters that move; all others are frozen."""
         raise TypeError(f"{type(self).__name__} does not say what it trains")
 
+    def rate_of(self, name: str) -> float:
+        """Share of the schedule's learning rate at which the parameter called `name` moves."""
+        return 1.0
+
     def after_step(self) -> None:
         """Called after each optimiser step: teacher averaging, queues, clamps."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from assistant.checkpoint import load_llava
-from assistant.fusion import join
+from assistant.fusion import calibrate_projector, join
 from training.config import (
     InstructStage,
     LanguageStage,
@@ -33,6 +34,7 @@ from training.data.pictures import DataError, read_rows
 from training.data.samples import Mixture, SceneLessons, SceneViews, ShardLessons, ShardViews, Source, TextLessons
 from training.data.scenes import EVALUATION_SEED, make_scene
 from training.data.texts import TextBlocks, TextRow, read_texts
+from training.data.views import normalise
 from training.objective import Objective
 from training.objectives.instruct import InstructObjective, Lesson
 from training.objectives.language import LanguageObjective
@@ -42,6 +44,7 @@ from training.trainer import train
 
 HELD_OUT_SEED = EVALUATION_SEED + 500_000_000  # scenes that validate; evaluation uses those below
 LONGEST_PROMPT_CHARACTERS = 300
+CALIBRATION_LESSONS = 48  # pictures whose features set the scale of a new projector
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,14 @@ def run_instruct(stage: InstructStage, workshop: Workshop) -> dict[str, float]:
         model, processor = load_llava(workshop.output(stage.start_from))
     else:
         model, processor = _join_stages(str(stage.tower), str(stage.language_model), workshop)
-    objective = InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power)
+    objective = InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power, stage.rates)
     side = processor.image_processor.size["height"]
     samples = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
     train_set = lesson_mixture(stage, side, workshop, samples)
     held_out = held_out_lessons(stage, side, workshop)
+    if stage.start_from is None:
+        views = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
+        calibrate_projector(model, normalise(torch.stack(views)))
     return _train_and_export(objective, stage, workshop, train_set, held_out)
 
 

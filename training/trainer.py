@@ -62,6 +62,24 @@ class ObjectiveTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a group for each rate that the objective asks for, with and without weight decay."""
+        objective = self.accelerator.unwrap_model(self.model)
+        decays = set(self.get_decay_parameter_names(objective))
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((objective.rate_of(name), name in decays), []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind(
+            [
+                {"params": p, "lr": self.args.learning_rate * rate, "weight_decay": self.args.weight_decay * decayed}
+                for (rate, decayed), p in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **unused: Any
     ) -> Any:

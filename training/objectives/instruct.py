@@ -63,6 +63,7 @@ class InstructObjective(Objective):
         trains: Sequence[Part],
         longest: int,
         length_power: float = 0.0,
+        rates: Mapping[Part, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,6 +71,7 @@ class InstructObjective(Objective):
         self.trains = tuple(trains)
         self.longest = longest
         self.length_power = length_power
+        self.rates = dict(rates or {})
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Weighted mean loss over supervised tokens, and the share of them that greedy decoding would get right."""
@@ -157,6 +159,10 @@ class InstructObjective(Objective):
         prefixes = tuple(prefix for part in self.trains for prefix in PREFIXES[part])
         unused = {f"model.{name}" for name in unused_tower_parameters(self.model)}
         return {name for name, _ in self.named_parameters() if name.startswith(prefixes)} - unused
+
+    def rate_of(self, name: str) -> float:
+        """What the recipe says of the part that `name` belongs to."""
+        return next((rate for part, rate in self.rates.items() if name.startswith(PREFIXES[part])), 1.0)
 
     def export(self, folder: Path) -> None:
         """A LLaVA checkpoint in the published layout."""
