@@ -197,9 +197,9 @@ def set_longest_answer(page: Page, tokens: int) -> None:
 
 
 def wait_for_answer(page: Page) -> None:
-    """The answer is whole when the message box offers to send again."""
+    """The answer is whole when the message box offers to send again, as it did before the answer began too."""
+    expect(answers(page).last).not_to_be_empty(timeout=PATIENCE * 1000)
     expect(submit_button(page)).to_be_visible(timeout=PATIENCE * 1000)
-    expect(answers(page).last).not_to_be_empty()
 
 
 def test_a_question_about_a_picture_is_answered_piece_by_piece(page: Page, engine: LocalEngine) -> None:

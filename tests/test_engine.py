@@ -353,6 +353,7 @@ def test_the_life_of_a_server(tiny_model: Path) -> None:
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_stopped"
         assert answer.json()["error"]["message"].startswith("The engine has stopped: ")
+        time.sleep(2)  # the terminal is told of changes every half second
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
         assert process.returncode == 0

@@ -147,10 +147,11 @@ def test_the_prompt_is_the_same_to_the_token(served_answers: list[Answer], refer
 
 
 def test_answers_are_equal_token_by_token(
-    served_answers: list[Answer], reference_answers: list[Answer], dtype: Dtype
+    served_answers: list[Answer], reference_answers: list[Answer], dtype: Dtype, model: Path
 ) -> None:
     """In float32 all of them. In bfloat16 an answer may part where the two likeliest tokens lie within the tolerance:
-    there the arithmetic itself is undecided; but three answers of four must be equal to their ends.
+    there the arithmetic itself is undecided. Of a trained model three answers of four must still be equal to their
+    ends; a random one has near ties at every other step.
     """
     parted = 0
     for prompt, served, reference in zip(prompts(), served_answers, reference_answers, strict=True):
@@ -161,7 +162,7 @@ def test_answers_are_equal_token_by_token(
         assert dtype == "bfloat16", f"{prompt}: {served.ids} and {reference.ids} part at {step}"
         assert best - second < TOLERANCE[dtype], f"{prompt}: part at {step}, where the best leads by {best - second}"
         parted += 1
-    assert parted <= len(prompts()) // 4
+    assert parted <= len(prompts()) // 4 or model != JOEY
 
 
 def test_log_probabilities_agree(served_answers: list[Answer], reference_answers: list[Answer], dtype: Dtype) -> None:
