@@ -57,9 +57,9 @@ def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16"]) -> None
     weights = {key: value.to(getattr(torch, dtype)) for key, value in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = dtype
-    for part in ("text_config", "vision_config"):
-        config.get(part, {})["dtype"] = dtype
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        part["dtype"] = dtype
+        part.pop("_name_or_path", None)  # where it lay on the machine that trained it is nobody's business
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
