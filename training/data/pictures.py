@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
+from PIL import Image
 
 from assistant.images import PictureError, open_picture
 
@@ -80,14 +81,18 @@ class DecodedPictures:
     def __getitem__(self, index: int) -> torch.Tensor:
         """Pixels of row `index`, uint8 (3, H, W). Raises DataError naming the row when it cannot be decoded."""
         if index not in self._pixels:
-            self._pixels[index] = decode(self.rows[index])
+            self._pixels[index] = pixels_of(picture_of(self.rows[index]))
         return self._pixels[index]
 
 
-def decode(row: PictureRow) -> torch.Tensor:
-    """uint8 (3, H, W) pixels of `row`."""
+def picture_of(row: PictureRow) -> Image.Image:
+    """The opened picture of `row`, RGB. Raises DataError naming the row."""
     try:
-        picture = open_picture(row.encoded, name=row.id)
+        return open_picture(row.encoded, name=row.id)
     except PictureError as error:
         raise DataError(f"row {row.id} of {row.shard}: {error}") from error
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """uint8 (3, H, W) pixels of an RGB picture."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from assistant.questions import CAPTION_QUESTION
 from training.data.mixing import mixture_plan
-from training.data.pictures import DataError, DecodedPictures, PictureRow, read_rows
+from training.data.pictures import DataError, DecodedPictures, PictureRow, pixels_of, read_rows
 from training.data.scenes import make_scene
 from training.data.texts import TextRow
 from training.data.views import mirrors_safely, random_view, square
@@ -26,7 +24,6 @@ CAPTION_QUESTIONS = (
     "Write a caption for this picture.",
 )
 LABEL_QUESTIONS = ("What is this?", "What is the main thing in this picture?", "What kind of picture is this?")
-SMALLEST_CROP = 0.5  # of the area, for contrastive views
 SMALLEST_LESSON_CROP = 0.8  # of the area, where the words name details that a small crop would lose
 
 Sample = TypeVar("Sample", covariant=True)
@@ -65,7 +62,7 @@ def pick(options: Sequence[str], generator: np.random.Generator) -> str:
 class ShardViews:
     """Captioned views of one shard: a random crop with one of its captions, or with its label in words."""
 
-    def __init__(self, folder: Path, shard: str, use: str, side: int, smallest_crop: float = SMALLEST_CROP) -> None:
+    def __init__(self, folder: Path, shard: str, use: str, side: int, smallest_crop: float) -> None:
         self.texts_of: Callable[[PictureRow], tuple[str, ...]] = label_texts if use == "labels" else caption_texts
         self.rows = [row for row in read_rows(folder, shard) if self.texts_of(row)]
         self.pixels = DecodedPictures(self.rows)
@@ -104,11 +101,7 @@ class SceneViews:
     def sample(self, index: int, generator: np.random.Generator) -> CaptionedView:
         """Scene `index` and one of its captions."""
         scene = make_scene(self.first_seed + index, self.side)
-        return CaptionedView(_pixels(scene.image), pick(scene.captions, generator))
-
-
-def _pixels(image: object) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return CaptionedView(pixels_of(scene.image), pick(scene.captions, generator))
 
 
 class ShardLessons:
@@ -177,7 +170,7 @@ class SceneLessons:
         if generator.random() < 0.5:
             turns.append((_caption_question(generator), sentence(pick(scene.captions, generator))))
         shuffled = tuple(turns[i] for i in generator.permutation(len(turns)))
-        return Lesson(f"scene {scene.seed}", (_pixels(scene.image),), shuffled, bool(generator.random() < 0.2))
+        return Lesson(f"scene {scene.seed}", (pixels_of(scene.image),), shuffled, bool(generator.random() < 0.2))
 
 
 class TextLessons:

@@ -6,13 +6,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from PIL import Image
 from rich.progress import track
 
 from assistant.answering import Request
-from assistant.images import PictureError, open_picture
 from assistant.questions import CAPTION_QUESTION
-from training.data.pictures import DataError, PictureRow, read_rows
+from training.data.pictures import DataError, PictureRow, picture_of, read_rows
 from training.data.scenes import EVALUATION_SEED, make_scene
 from training.evaluation.answers import accuracy, accuracy_by_kind
 from training.evaluation.captions import moved, score_captions
@@ -111,11 +109,3 @@ def answer_all(
         for place, answer in zip(places, found, strict=True):
             answers[place] = answer
     return answers
-
-
-def picture_of(row: PictureRow) -> Image.Image:
-    """The decoded picture of a row. Raises DataError naming the row."""
-    try:
-        return open_picture(row.encoded, name=row.id)
-    except PictureError as error:
-        raise DataError(f"row {row.id} of {row.shard}: {error}") from error
