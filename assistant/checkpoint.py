@@ -4,14 +4,23 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Literal
+from pickle import UnpicklingError
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 
-from assistant.models import ModelError, require_complete
+from assistant.models import ModelError, missing_weights, require_complete
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -20,12 +29,13 @@ def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     file = folder / "model.safetensors"
-    weights = {published_key(key): value for key, value in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
+    if isinstance(model.model.vision_tower, CLIPVisionModel | SiglipVisionModel):
+        weights = {published_key(key): value for key, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 def published_key(key: str) -> str:
-    """The name that llava-hf publishes for a key of transformers 5: CLIP and SigLIP towers have one level more."""
+    """The name that llava-hf publishes for a key of transformers 5 with a CLIP or SigLIP tower: one level more."""
     return re.sub(
         r"^vision_tower\.(?!vision_model\.)(embeddings|encoder|post_layernorm|pre_layrnorm|head)\.",
         r"vision_tower.vision_model.\1.",
@@ -37,18 +47,41 @@ def load_llava(
     folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Model and processor of `folder`. Raises ModelError when a weight is missing, unexpected or of another shape."""
+    model = load_model(LlavaForConditionalGeneration, require_complete(folder), dtype, others_allowed=False)
+    return model, LlavaProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(
+    model_class: type[Model],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    others_allowed: bool = True,
+    **arguments: Any,
+) -> Model:
+    """The model of `folder` as a `model_class`, made with `arguments`. Runs no code of the checkpoint.
+
+    Raises ModelError when the weights are damaged, or one is missing or of another shape, or, unless `others_allowed`,
+    when there are others than the model has (a classifier on top of a tower, for example).
+    """
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            require_complete(folder), dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+        model, report = model_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=not missing_weights(folder),
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+            **arguments,
         )
-    except SafetensorError as error:
+    except (SafetensorError, UnpicklingError) as error:
         raise ModelError(f"{folder}: the weights are damaged ({error}); export or copy them again") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for problem in ("missing_keys", "mismatched_keys") + (() if others_allowed else ("unexpected_keys",)):
         if report[problem]:
             raise ModelError(
                 f"{folder}: {problem.replace('_', ' ')}: {', '.join(map(str, sorted(report[problem])[:5]))}"
             )
-    return model, LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:

@@ -76,11 +76,17 @@ class PictureError(ValueError):
 
 
 def open_picture(
-    source: bytes | str | Path, limits: PictureLimits = DEFAULT_LIMITS, name: str | None = None
+    source: bytes | str | Path,
+    limits: PictureLimits = DEFAULT_LIMITS,
+    name: str | None = None,
+    enough: int | None = None,
 ) -> Image.Image:
     """Open a picture from bytes or a file, upright and in RGB; transparency lies on white, animations show frame one.
 
     The content decides the format, never the file's name. `name` is what error messages call the picture.
+
+    With `enough`, a JPEG that is much larger may be decoded at a half, a quarter or an eighth of its size, several
+    times as fast, and no side comes out under `enough` pixels for it. The limits count the whole picture all the same.
 
     Raises:
         PictureError: the file is missing, too large, damaged or not PNG, JPEG, WebP, GIF or BMP.
@@ -96,6 +102,8 @@ def open_picture(
     image = _open_header(source, name)
     _check_size(image.size, limits, name)
     try:
+        if enough is not None:
+            image.draft(None, (enough, enough))  # the decoder's own scaling; no other format of ours has one
         image.load()
         orientation = _orientation(image)
         picture = to_rgb(image)

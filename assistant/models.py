@@ -10,6 +10,9 @@ EMBEDDER = "embedder"  # the folder, inside a model's, of the tower with its tex
 REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")  # the second is the older way
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+PICKLED_WEIGHTS = "pytorch_model.bin"
+# The same weights in formats that nobody here reads, and code, which no model may bring along.
+NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.py"]
 
 
 class ModelError(ValueError):
@@ -21,25 +24,51 @@ def find_model(name: str | Path | None = None) -> Path:
 
     Raises ModelError when a file of the folder is missing, or the hub cannot be reached and holds no copy here.
     """
-    if name is None:
-        return require_complete(JOEY)
+    return require_complete(JOEY if name is None else _local_folder(name))
+
+
+def find_tower(name: str | Path) -> Path:
+    """The local folder of `name`, a folder or a model of the hub, that holds a tower or a model with one in it.
+
+    Weights may be pickled, as in OpenAI's older CLIPs: they are read without running code.
+    Raises ModelError when config, weights or image processor are missing, or the hub cannot be reached.
+    """
+    folder = _local_folder(name)
+    if missing_weights(folder) and not Path(name).expanduser().is_dir():
+        folder = _downloaded(str(name), [PICKLED_WEIGHTS])
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / file).is_file() for file in PROCESSOR_FILES):
+        missing.append(PROCESSOR_FILES[1])
+    if not (folder / PICKLED_WEIGHTS).is_file():
+        missing += missing_weights(folder)
+    if missing:
+        raise ModelError(f"the model folder {folder} lacks {', '.join(missing)}; export or copy it again")
+    return folder
+
+
+def _local_folder(name: str | Path) -> Path:
+    """The folder `name`, or where the model of the hub with that name lies on this machine, downloaded if need be."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return require_complete(folder)
+        return folder
     if folder.exists():
         raise ModelError(f"{name} is a file; a model is a folder with config.json, weights and processor")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise ModelError(f"there is no folder {name}, and it is no hub name (those look like owner/model)")
+    return _downloaded(str(name))
+
+
+def _downloaded(name: str, only: list[str] | None = None) -> Path:
+    """The folder on this machine with the files of the hub's model `name`, or with `only` these besides."""
     # Late, like everything slow: a page over a local folder is up before the hub's client would be.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return require_complete(Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"])))
+        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=None if only else NOT_DOWNLOADED))
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{name} is not on this machine and the hub cannot be reached; "
-            "check the network, or name a folder, or leave the name out to use Joey"
+            f"{name} is not on this machine and the hub cannot be reached; check the network, or name a folder"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise ModelError(f"the hub refused {name}: {str(error).splitlines()[0]}") from error

@@ -199,7 +199,7 @@ def wait_for_page(address: str, seconds: float) -> str:
 def test_train_refuses_what_it_cannot_run_before_it_starts(tmp_path: Path) -> None:
     """An unknown recipe names the shipped ones; missing data name the way out; nothing is left behind."""
     runs = tmp_path / "runs"
-    assert_refused(kangaroo("train", "jeoy", "--runs", runs), "no recipe jeoy", "joey, scenes")
+    assert_refused(kangaroo("train", "jeoy", "--runs", runs), "no recipe jeoy", "joey", "scenes")
     assert_refused(
         kangaroo("train", "joey", "--runs", runs, "--data", tmp_path), "caltech101-train-00.parquet", "--data"
     )

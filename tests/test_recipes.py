@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from assistant.answering import Assistant, Request
 from assistant.models import EMBEDDER
 from tests.shards import write_shards
-from training.config import RECIPES, Recipe, RecipeError, read_recipe, rehearsal
+from training.config import RECIPES, Recipe, RecipeError, TowerStage, check_settings, read_recipe, rehearsal
 from training.data.pictures import DataError
 from training.data.scenes import make_scene
 from training.recipe import run_recipe, run_stage
 from training.stages import Workshop
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+TOWERS = [name for name in SHIPPED if all(isinstance(stage, TowerStage) for stage in read_recipe(name).stages)]
+ASSISTANTS = [name for name in SHIPPED if name not in TOWERS]
+SMALL_SETTINGS = {"small_side": 16, "small_count": 1, "prototypes": 24, "head_hidden": 32, "decoder_layers": 1}
 
 
-@pytest.fixture(scope="module", params=SHIPPED)
+@pytest.fixture(scope="module", params=ASSISTANTS)
 def rehearsed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, Path]:
     """The two-step form of a shipped recipe, its data folder, and the folder it ran in."""
     recipe = rehearsal(read_recipe(request.param))
@@ -31,8 +34,40 @@ def rehearsed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    """Both recipes of the README are shipped."""
-    assert {"joey", "scenes"} <= set(SHIPPED)
+    """Both recipes of the README are shipped, and one for each objective that trains a tower."""
+    assert ASSISTANTS == ["joey", "scenes"]
+    objectives = {file.stem for file in (RECIPES.parent / "objectives").glob("*.py")}
+    assert set(TOWERS) == objectives - {"__init__", "instruct", "language"}
+
+
+def smaller(recipe: Recipe) -> Recipe:
+    """The same tower recipe on small pictures, with a small new tower and small heads."""
+    stage = recipe.stages[0]
+    assert isinstance(stage, TowerStage)
+    said = stage.model_dump(exclude_unset=True)
+    fields = type(check_settings(stage.objective, {})).model_fields
+    said["settings"] |= {key: value for key, value in SMALL_SETTINGS.items() if key in fields}
+    small = {"image_side": 32, "patch": 8, "width": 32, "layers": 2, "heads": 2}
+    said["backbone"] |= {"image_side": 32, "depth": 18} if said["backbone"]["family"] == "resnet" else small
+    said["schedule"] |= {"workers": 0}
+    return recipe.model_copy(update={"stages": (TowerStage.model_validate(said | {"side": 32}),)})
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_recipe_runs_on_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
+    """Given a folder with a few pictures and captions, each shipped recipe leaves a tower that transformers loads."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    scenes = [make_scene(seed) for seed in range(9)]
+    for scene in scenes:
+        scene.image.save(pictures / f"{scene.seed}.png")
+    lines = [json.dumps({"image": f"{scene.seed}.png", "caption": scene.captions[0]}) for scene in scenes]
+    (pictures / "captions.jsonl").write_text("\n".join(lines))
+    recipe = smaller(rehearsal(read_recipe(name)))
+    run_recipe(recipe, pictures, tmp_path / "runs")
+    model = tmp_path / "runs" / recipe.name / "model"
+    assert AutoModel.from_pretrained(model).config.model_type
+    assert len(json.loads((model / "provenance.json").read_text())["data"]) == 1
 
 
 def test_the_result_answers_and_loads_without_our_code(rehearsed: tuple[Recipe, Path, Path]) -> None:
@@ -91,7 +126,7 @@ def test_each_stage_changes_what_it_trains_and_nothing_else(rehearsed: tuple[Rec
             assert aligned[f"vision_tower.{key}"].equal(value), f"align moved the tower: {key}"
     for key, value in language.items():
         assert aligned[f"language_model.{key}"].equal(value), f"align moved the language model: {key}"
-    layers = read_recipe(recipe.name.removesuffix("-rehearsal")).stages[1].layers  # type: ignore[union-attr]
+    layers = AutoConfig.from_pretrained(runs / "align" / "output").vision_config.num_hidden_layers
     unused = (f"vision_tower.vision_model.encoder.layers.{layers - 1}.", "vision_tower.vision_model.post_layernorm.")
     for key, value in instructed.items():
         moved = not aligned[key].equal(value)

@@ -1,14 +1,26 @@
 """Tiny random models in exactly the published layout, for tests that need a model and not its wits."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from assistant.checkpoint import save_llava
-from assistant.fusion import join
+from assistant.fusion import calibrate_projector, join
+from assistant.towers import ViTShape, new_tower
 from training.data.scenes import make_scene
 from training.tokenizer import fast_tokenizer, train_sentencepiece
+
+TowerFamily = Literal["clip", "siglip", "dinov2"]
 
 
 def make_tiny_tokenizer(folder: Path, vocabulary: int = 640) -> PreTrainedTokenizerFast:
@@ -33,7 +45,13 @@ def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
             patch_size=16,
         )
     )
-    language_model = LlamaForCausalLM(
+    save_llava(*join(tower, make_tiny_language_model(tokenizer), tokenizer), folder)
+    return folder
+
+
+def make_tiny_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights, for `tokenizer`."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -50,5 +68,18 @@ def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    save_llava(*join(tower, language_model, tokenizer), folder)
-    return folder
+
+
+def make_tiny_joined(family: TowerFamily, folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA with a tower of `family` (100 patches), random weights, and answers that hang on the picture.
+
+    It is saved in `folder` as it is returned.
+    """
+    torch.manual_seed(0)
+    tokenizer = make_tiny_tokenizer(folder)
+    tower = new_tower(ViTShape(family=family, width=64, layers=3, heads=2, patch=16, image_side=160))
+    language_model = make_tiny_language_model(tokenizer)
+    model, processor = join(tower.model, language_model, tokenizer, tower.image_processor)
+    calibrate_projector(model, torch.randn(4, 3, 160, 160))
+    save_llava(model, processor, folder)
+    return model.eval(), processor

@@ -1,24 +1,22 @@
 """What a recipe may say: every field typed and documented, unknown keys fatal."""
 
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from training.data.catalogue import Use
 from training.objectives.instruct import Part
+from training.strict import Strict
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names the file and the field."""
-
-
-class Strict(BaseModel):
-    """A part of a recipe. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Schedule(Strict):
@@ -31,8 +29,13 @@ class Schedule(Strict):
     final_rate: float = Field(0.05, ge=0, le=1, description="share of the learning rate left at the end of the cosine")
     warmup_steps: int = Field(0, ge=0, description="steps from zero to the highest learning rate")
     weight_decay: float = Field(0.1, ge=0)
+    final_weight_decay: float | None = Field(None, ge=0, description="where a cosine takes it; the same where unset")
     beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's second moment")
     bf16: bool | None = Field(None, description="mixed precision; where unset, wherever it is fast")
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    compile: bool = Field(
+        False, description="fuse what each layer does; needs a C++ compiler and a minute at the start"
+    )
     workers: int = Field(0, ge=0, description="processes that load data beside the training one")
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(500, ge=1)
@@ -41,17 +44,42 @@ class Schedule(Strict):
 
 
 class PictureSource(Strict):
-    """One source of a mixture: a shard of the data folder, or generated scenes."""
+    """One source of pictures. A relative path counts from the data folder."""
 
     shard: str | None = Field(None, description="name of the shards, such as flickr8k-train")
     scenes: int | None = Field(None, ge=1, description="how many different generated scenes")
-    use: Literal["captions", "labels", "questions"] = Field("captions", description="what of a shard's rows is taught")
+    folder: str | None = Field(None, description="folder of pictures; names of sub-folders are labels")
+    captions: str | None = Field(
+        None, description="file of captions, .jsonl or .csv; its pictures count from its folder"
+    )
+    tars: str | None = Field(None, description="webdataset tars: a path, a glob, or braces such as a-{000..003}.tar")
+    dataset: str | None = Field(None, description="name on the Hugging Face hub; a local one begins with /, ~ or .")
+    split: str = Field("train", description="split of the dataset")
+    image_column: str = Field("image", description="column of the dataset that holds the pictures")
+    text_column: str | None = Field(None, description="column of the dataset that holds a caption or a list of them")
+    label_column: str | None = Field(None, description="column of the dataset that holds the label")
+    use: Use = Field("captions", description="what is taught of a picture; pictures where no words are needed")
     weight: float = Field(gt=0, description="share of the samples, relative to the other sources")
+    damaged: float = Field(0.01, ge=0, le=1, description="share that may be damaged and is skipped; 0 is strict")
+    memory: float = Field(2.0, ge=0, description="GiB of decoded pixels kept in memory where there is no cache")
+    cache: str | None = Field(None, description="folder where decoded pixels are kept from run to run")
 
     @model_validator(mode="after")
     def _one_source(self) -> "PictureSource":
-        if (self.shard is None) == (self.scenes is None):
-            raise ValueError("name either a shard or a number of scenes")
+        kinds = ("shard", "scenes", "folder", "captions", "tars", "dataset")
+        named = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(named) != 1:
+            raise ValueError(f"name one of {', '.join(kinds)}, not {' and '.join(named) or 'none'}")
+        columns = {"split", "image_column", "text_column", "label_column"} & self.model_fields_set
+        if columns and self.dataset is None:
+            raise ValueError(f"{', '.join(sorted(columns))} is said of a dataset only, not of a {named[0]}")
+        if self.use == "questions" and named[0] not in ("shard", "scenes"):
+            raise ValueError(f"a {named[0]} has no questions")
+        if self.use == "statements" and self.scenes is None:
+            raise ValueError(f"only scenes have statements, not a {named[0]}")
+        for use, column in (("captions", "text_column"), ("labels", "label_column")):
+            if self.dataset is not None and self.use == use and getattr(self, column) is None:
+                raise ValueError(f"use: {use} of a dataset needs {column}")
         return self
 
 
@@ -82,26 +110,90 @@ class TokenizerStage(Strict):
     exclude_captions_of: tuple[str, ...] = Field((), description="shards whose captions may not be among the texts")
 
 
-class TowerStage(Strict):
-    """Pretrain a SigLIP-shaped tower and its text half with the sigmoid loss."""
+class TransformerShape(Strict):
+    """A new vision transformer in the layout of CLIP, SigLIP, DINOv2 or the plain ViT."""
 
-    kind: Literal["siglip"]
-    name: str
-    tokenizer: str = Field(description="the stage, or a folder, that made the tokenizer")
-    start_from: str | None = Field(None, description="a stage or folder whose SiglipModel goes on; new where unset")
-    side: int = Field(ge=64, description="pixels of a view; smaller than image_side trains faster at first")
-    image_side: int = Field(160, ge=64, description="pixels of the finished tower's pictures")
-    patch: int = Field(16, ge=4)
+    family: Literal["clip", "siglip", "dinov2", "vit"]
     width: int = Field(256, ge=32)
     layers: int = Field(8, ge=2)
     heads: int = Field(4, ge=1)
-    text_layers: int = Field(3, ge=1)
-    text_length: int = Field(24, ge=8)
-    smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest share of a picture's area in a view")
+    patch: int = Field(16, ge=4, description="pixels of a patch's side")
+    image_side: int = Field(160, ge=32, description="pixels of the finished tower's pictures")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth; dinov2 only")
+    layer_scale: float = Field(1.0, gt=0, description="where LayerScale starts; dinov2 only")
+
+
+class ResidualShape(Strict):
+    """A new ResNet."""
+
+    family: Literal["resnet"]
+    depth: Literal[18, 50] = 50
+    image_side: int = Field(160, ge=32, description="pixels of the finished tower's pictures")
+
+
+class TextShape(Strict):
+    """The text half of a new CLIP or SigLIP."""
+
+    layers: int = Field(3, ge=1)
+    length: int = Field(24, ge=8, description="most tokens of a text")
+
+
+class TowerStage(Strict):
+    """Pretrain a vision tower with one of our objectives."""
+
+    kind: Literal["tower"]
+    name: str
+    objective: str = Field(description="a file of training/objectives, such as siglip or dino")
+    settings: dict[str, Any] = Field({}, description="what that file's Settings say; its defaults where unset")
+    backbone: Annotated[TransformerShape | ResidualShape, Field(discriminator="family")] | None = Field(
+        None, description="a new tower; unset when start_from is set"
+    )
+    text: TextShape | None = Field(None, description="its text half, for an objective that compares with texts")
+    tokenizer: str | None = Field(
+        None, description="the stage, or a folder, whose tokenizer a new text half reads with"
+    )
+    start_from: str | None = Field(None, description="a stage, folder or hub name whose weights go on")
+    side: int = Field(ge=32, description="pixels of a view; smaller than image_side trains faster at first")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer learns at this share of the layer above it")
+    attention: Literal["sdpa", "eager"] | None = Field(
+        None, description="eager trains small towers faster on a CPU; transformers' choice where unset"
+    )
     mixture: tuple[PictureSource, ...]
-    held_out: tuple[PictureSource, ...]
+    held_out: tuple[PictureSource, ...] = Field(
+        (), description="pictures that validate; where unset, one in 32 of the mixture's is kept aside for it"
+    )
     held_out_samples: int = Field(512, ge=2)
     schedule: Schedule
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "TowerStage":
+        if (self.backbone is None) == (self.start_from is None):
+            raise ValueError("name either a backbone, which is new, or start_from")
+        if self.text is not None and self.backbone is None:
+            raise ValueError("a text half is new with its backbone; leave it out where start_from is set")
+        check_settings(self.objective, self.settings)
+        return self
+
+
+def objective_module(name: str) -> ModuleType:
+    """The module of `training.objectives` called `name`. Raises ValueError naming those there are."""
+    folder = Path(__file__).parent / "objectives"
+    if not name.isidentifier() or not (folder / f"{name}.py").is_file():
+        there = sorted(file.stem for file in folder.glob("*.py") if "\ndef build(" in file.read_text())
+        raise ValueError(f"there is no objective {name!r}; there are {', '.join(there)}")
+    return import_module(f"training.objectives.{name}")
+
+
+def check_settings(objective: str, settings: dict[str, Any]) -> Any:
+    """`settings` as the Settings of `objective`. Raises ValueError naming the key that does not fit."""
+    module = objective_module(objective)
+    if not hasattr(module, "build"):
+        raise ValueError(f"{objective} trains no tower by itself")
+    try:
+        return module.Settings.model_validate(settings)
+    except ValidationError as error:
+        lines = (f"settings.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{objective}: " + "; ".join(lines)) from error
 
 
 class LanguageStage(Strict):
@@ -134,6 +226,9 @@ class InstructStage(Strict):
     rates: dict[Part, float] = Field({}, description="share of the learning rate for a part; 1 where unset")
     turns: int = Field(5, ge=1, description="most turns of one lesson")
     longest: int = Field(400, ge=128, description="most tokens of one lesson")
+    attention: Literal["sdpa", "eager"] | None = Field(
+        None, description="eager trains short lessons faster on a CPU; transformers' choice where unset"
+    )
     length_power: float = Field(0.0, ge=0, le=1, description="tokens of an n-token answer weigh n to the minus this")
     mixture: tuple[PictureSource, ...]
     texts: tuple[TextSource, ...] = Field((), description="lessons without a picture: rows with a prompt")
@@ -146,6 +241,9 @@ class InstructStage(Strict):
         joins = self.tower is not None and self.language_model is not None
         if joins == (self.start_from is not None):
             raise ValueError("name either start_from, or both tower and language_model")
+        for source in (*self.mixture, *self.held_out):
+            if (source.shard is None and source.scenes is None) or source.use in ("pictures", "statements"):
+                raise ValueError("lessons come from a shard or from scenes, with their captions, labels or questions")
         return self
 
 
@@ -179,7 +277,7 @@ def rehearsal(recipe: Recipe, steps: int = 2) -> Recipe:
     def shortened(stage: Stage) -> Stage:
         if isinstance(stage, TokenizerStage):
             return stage.model_copy(update={"documents": 500, "vocabulary": min(stage.vocabulary, 700)})
-        short = {"steps": steps, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "save_every": 1}
+        short = {"steps": steps, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "save_every": 1, "compile": False}
         held_out = {"held_out_blocks": 2} if isinstance(stage, LanguageStage) else {"held_out_samples": 4}
         return stage.model_copy(update={"schedule": stage.schedule.model_copy(update=short)} | held_out)
 

@@ -1,40 +1,103 @@
 """The contract between the trainer and what it trains."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+from transformers import BaseImageProcessor, CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, SiglipModel
+
+from assistant.towers import Tower
+from training.data.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an objective is built on: a tower alone, or a model with a picture and a text half."""
+
+    side: int  # pixels of a view
+    tower: Tower | None = None
+    model: CLIPModel | SiglipModel | None = None
+    image_processor: BaseImageProcessor | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class Objective(nn.Module):
-    """Owns its model, heads and loss; the trainer knows nothing else of it.
+    """Owns its tower, heads, teacher and loss; the trainer knows nothing else of it.
 
-    A subclass implements `forward`, `collate`, `trained_parameters` and `export`, and may implement `after_step`.
+    A subclass implements `sample`, `collate`, `forward`, `trained_parameters` and `export`. The other methods have
+    defaults.
     """
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Named values of one batch: those that end in `_loss` are summed and minimised, the others are logged."""
-        raise TypeError(f"{type(self).__name__} has no forward")
+    def sample(self, picture: Picture, generator: np.random.Generator) -> Any:
+        """The views of `picture` that one place of the run trains on; all chance comes from `generator`."""
+        raise TypeError(f"{type(self).__name__} has no sample")
 
     def collate(self, samples: Sequence[Any]) -> Mapping[str, Any]:
         """One batch, as keyword arguments of `forward`, from samples of the stage's dataset."""
         raise TypeError(f"{type(self).__name__} has no collate")
 
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """Named values of one batch: those that end in `_loss` are summed and minimised, the others are logged."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
     def trained_parameters(self) -> set[str]:
         """Names (as in `named_parameters`) of exactly the parameters that move; all others are frozen."""
         raise TypeError(f"{type(self).__name__} does not say what it trains")
+
+    def export(self, folder: Path) -> None:
+        """Write what the next stage or a user loads, in the published layout."""
+        raise TypeError(f"{type(self).__name__} has no export")
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before optimiser step `step` (from 0) of `steps`: temperatures, what is frozen at first."""
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Called after optimiser step `step` (from 0) of `steps`: teacher averaging, centres, clamps."""
 
     def rate_of(self, name: str) -> float:
         """Share of the schedule's learning rate at which the parameter called `name` moves."""
         return 1.0
 
-    def after_step(self) -> None:
-        """Called after each optimiser step: teacher averaging, queues, clamps."""
+    def layers_above(self, name: str) -> int:
+        """How many layers of the tower lie above the parameter called `name`: layer-wise decay counts them."""
+        return 0
 
-    def export(self, folder: Path) -> None:
-        """Write what the next stage or a user loads, in the published layout."""
-        raise TypeError(f"{type(self).__name__} has no export")
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Keep the layers' inputs only and compute the rest again going back, in every model that trains."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and any(p.requires_grad for p in module.parameters()):
+                module.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+class WholeBatchObjective(Objective):
+    """An objective whose loss compares the samples of the whole step, over micro-batches and ranks, with each other.
+
+    The trainer accumulates it with cached representations (GradCache, Gao et al. 2021): it calls `represent` on each
+    micro-batch without gradient, `compare` once, and `represent` again to carry the gradient on. So `represent`
+    depends on its batch and the random state alone, and every tensor it returns has the samples first.
+    """
+
+    def represent(self, **batch: Any) -> dict[str, Tensor]:
+        """What `compare` needs of a micro-batch of b samples: tensors (b, ...), a teacher's among them."""
+        raise TypeError(f"{type(self).__name__} has no represent")
+
+    def compare(self, representations: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The named values of `forward`, from all representations of a step."""
+        raise TypeError(f"{type(self).__name__} has no compare")
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """`compare` of `represent`; or one half alone, when the trainer asks for it through a wrapper.
+
+        With `representations` it compares them; with `only_represent` it returns the representations.
+        """
+        if "representations" in batch:
+            return self.compare(batch["representations"])
+        only_represent = batch.pop("only_represent", False)
+        representations = self.represent(**batch)
+        return representations if only_represent else self.compare(representations)
 
 
 def total_loss(values: Mapping[str, Tensor]) -> Tensor:

@@ -7,10 +7,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+
 from assistant.checkpoint import convert_weights, copy_model
 from assistant.models import EMBEDDER
-from training.config import InstructStage, LanguageStage, Recipe, RecipeError, Stage, TokenizerStage, TowerStage
+from training.config import (
+    InstructStage,
+    LanguageStage,
+    PictureSource,
+    Recipe,
+    RecipeError,
+    Stage,
+    TokenizerStage,
+    TowerStage,
+)
 from training.data.pictures import shard_files
+from training.data.sources import open_encoded
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
 
 DONE = "done.json"
@@ -23,6 +36,8 @@ def run_recipe(recipe: Recipe, data: Path | None, runs: Path, only: str | None =
     its newest checkpoint. `only` runs one stage by name, on what its predecessors left.
     Raises RecipeError or DataError before the first step when recipe or data are at fault.
     """
+    # With torchrun or accelerate launch this process is one of several; on its own it is the main one.
+    state = PartialState(cpu=not torch.cuda.is_available())
     workshop = Workshop(runs / recipe.name, data)
     stages = [stage for stage in recipe.stages if only in (None, stage.name)]
     if not stages:
@@ -31,20 +46,29 @@ def run_recipe(recipe: Recipe, data: Path | None, runs: Path, only: str | None =
     for number, stage in enumerate(stages, start=1):
         print(f"[{number}/{len(stages)}] {stage.name}: {type(stage).__doc__}", flush=True)
         run_stage(stage, workshop)
-    return workshop.runs / only / "output" if only else publish(recipe, workshop)
+    if only:
+        return workshop.runs / only / "output"
+    if state.is_main_process:
+        publish(recipe, workshop)
+    state.wait_for_everyone()
+    return workshop.runs / "model"
 
 
 def run_stage(stage: Stage, workshop: Workshop) -> None:
     """Run `stage` unless it is finished already; leave its scores and its settings behind."""
     marker = workshop.runs / stage.name / DONE
     settings = stage.model_dump(mode="json")
-    if marker.is_file():
-        if json.loads(marker.read_text())["settings"] == settings:
-            print(f"    finished before, see {marker}", flush=True)
-            return
-        marker.unlink()
+    if marker.is_file() and json.loads(marker.read_text())["settings"] == settings:
+        print(f"    finished before, see {marker}", flush=True)
+        return
     started = time.time()
     scores = _run(stage, workshop)
+    if PartialState().is_main_process:
+        _finish(marker, settings, scores, started)
+    PartialState().wait_for_everyone()
+
+
+def _finish(marker: Path, settings: dict[str, Any], scores: dict[str, float], started: float) -> None:
     summary = {"settings": settings, "scores": scores, "seconds": round(time.time() - started)}
     partial = marker.with_suffix(".partial")
     partial.write_text(json.dumps(summary, indent=2))
@@ -64,8 +88,8 @@ def _run(stage: Stage, workshop: Workshop) -> dict[str, float]:
             return run_instruct(stage, workshop)
 
 
-def publish(recipe: Recipe, workshop: Workshop) -> Path:
-    """Put the finished LLaVA, the embedder and their provenance into one folder, and return it."""
+def publish(recipe: Recipe, workshop: Workshop) -> None:
+    """Put the finished model (a LLaVA or a tower), its embedder and their provenance into the folder `model`."""
     folder = workshop.runs / "model"
     copy_model(workshop.output(recipe.publish), folder)
     if recipe.embedder is not None:
@@ -73,7 +97,6 @@ def publish(recipe: Recipe, workshop: Workshop) -> Path:
         convert_weights(folder / EMBEDDER, recipe.dtype)
     convert_weights(folder, recipe.dtype)
     (folder / "provenance.json").write_text(json.dumps(provenance(recipe, workshop), indent=2) + "\n")
-    return folder
 
 
 def provenance(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
@@ -81,7 +104,7 @@ def provenance(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
     done = {stage.name: json.loads((workshop.runs / stage.name / DONE).read_text()) for stage in recipe.stages}
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "data": {file.name: file_hash(file) for file in _files(recipe, workshop)},
+        "data": data_hashes(recipe, workshop),
         "versions": {package: version(package) for package in ("torch", "transformers", "sentencepiece")},
         "stages": {name: {"scores": d["scores"], "seconds": d["seconds"]} for name, d in done.items()},
         "parent": None,
@@ -89,8 +112,26 @@ def provenance(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
 
 
 def check_data(recipe: Recipe, workshop: Workshop) -> None:
-    """Raises DataError when a shard that `recipe` names is not there; better now than after an hour of training."""
+    """Raises DataError when pictures or texts that `recipe` names are not there; better now than after an hour."""
     _files(recipe, workshop)
+    for source in _other_sources(recipe):
+        open_encoded(source, workshop.data_folder)
+
+
+def data_hashes(recipe: Recipe, workshop: Workshop) -> dict[str, str]:
+    """sha256 of each shard; of other sources, of the names, sizes and times of their files."""
+    hashes = {file.name: file_hash(file) for file in _files(recipe, workshop)}
+    for source in _other_sources(recipe):
+        name, pictures = open_encoded(source, workshop.data_folder)
+        hashes[name] = hashlib.sha256(pictures.stamp().encode()).hexdigest()
+    return hashes
+
+
+def _other_sources(recipe: Recipe) -> list[PictureSource]:
+    sources = [
+        source for stage in recipe.stages for field in ("mixture", "held_out") for source in getattr(stage, field, ())
+    ]
+    return [source for source in sources if source.shard is None and source.scenes is None]
 
 
 def _files(recipe: Recipe, workshop: Workshop) -> list[Path]:

@@ -6,39 +6,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoTokenizer,
+    CLIPConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     SiglipConfig,
-    SiglipModel,
-    SiglipTextConfig,
-    SiglipVisionConfig,
     set_seed,
 )
 
 from assistant.checkpoint import load_llava
+from assistant.embeddings import load_embedder
 from assistant.fusion import calibrate_projector, join
+from assistant.models import JOEY, find_tower, read_json
+from assistant.towers import (
+    ResNetShape,
+    TextShape,
+    ViTShape,
+    clip_tokenizer,
+    load_tower,
+    new_image_processor,
+    new_pair,
+    new_tower,
+    normalised,
+)
 from training.config import (
     InstructStage,
     LanguageStage,
     PictureSource,
     RecipeError,
+    ResidualShape,
+    Schedule,
     TextSource,
     TokenizerStage,
     TowerStage,
+    check_settings,
+    objective_module,
 )
 from training.data.mixing import mixture_plan
-from training.data.pictures import DataError, read_rows
-from training.data.samples import Mixture, SceneLessons, SceneViews, ShardLessons, ShardViews, Source, TextLessons
+from training.data.pictures import DataError, PictureSet, read_rows
+from training.data.samples import Mixture, SceneLessons, ShardLessons, Source, TextLessons, Views, kept_aside
 from training.data.scenes import EVALUATION_SEED, make_scene
+from training.data.sources import open_pictures
 from training.data.texts import TextBlocks, TextRow, read_texts
-from training.data.views import normalise
-from training.objective import Objective
+from training.objective import Objective, Start
 from training.objectives.instruct import InstructObjective, Lesson
 from training.objectives.language import LanguageObjective
-from training.objectives.siglip import CaptionedView, SiglipObjective
 from training.tokenizer import fast_tokenizer, train_sentencepiece
 from training.trainer import train
 
@@ -86,19 +101,58 @@ def run_tokenizer(stage: TokenizerStage, workshop: Workshop) -> dict[str, float]
 
 
 def run_tower(stage: TowerStage, workshop: Workshop) -> dict[str, float]:
-    """Train a SiglipModel and export it."""
-    tokenizer = AutoTokenizer.from_pretrained(workshop.output(stage.tokenizer))
+    """Pretrain a tower and export it."""
     set_seed(stage.schedule.seed)
-    if stage.start_from is None:
-        model = new_siglip(stage, tokenizer)
-        SiglipObjective.start_temperature(model)
+    objective = build_tower_objective(stage, workshop)
+    samples = samples_of(stage.schedule)
+    trained = opened(stage.mixture, stage.side, workshop, first_scene=0)
+    if stage.held_out:
+        validating = opened(stage.held_out, stage.side, workshop, HELD_OUT_SEED)
     else:
-        model = SiglipModel.from_pretrained(workshop.output(stage.start_from))
-    objective = SiglipObjective(model, tokenizer, stage.image_side)
-    samples = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
-    train_set = view_mixture(stage, stage.mixture, workshop, samples, first_scene=0)
-    held_out = view_mixture(stage, stage.held_out, workshop, stage.held_out_samples, first_scene=HELD_OUT_SEED)
-    return _train_and_export(objective, stage, workshop, train_set, held_out)
+        trained, validating = zip(*(kept_aside(pictures) for pictures in trained), strict=True)
+    seed = stage.schedule.seed
+    train_set = view_mixture(objective, trained, stage.mixture, samples, seed)
+    held_out = view_mixture(objective, validating, stage.held_out or stage.mixture, stage.held_out_samples, seed)
+    return _train_and_export(objective, stage, workshop, train_set, held_out, stage.layer_decay)
+
+
+def build_tower_objective(stage: TowerStage, workshop: Workshop) -> Objective:
+    """The objective of `stage` on its new or loaded tower. Raises RecipeError where the two do not fit."""
+    start = _loaded_start(stage, workshop) if stage.start_from is not None else _new_start(stage, workshop)
+    for model in (start.model, start.tower.model if start.tower else None):
+        if model is not None and stage.attention is not None:
+            model.set_attn_implementation(stage.attention)
+    try:
+        return objective_module(stage.objective).build(check_settings(stage.objective, stage.settings), start)
+    except ValueError as error:
+        raise RecipeError(f"stage {stage.name}: {error}") from error
+
+
+def _new_start(stage: TowerStage, workshop: Workshop) -> Start:
+    shape = stage.backbone
+    if isinstance(shape, ResidualShape):
+        return Start(stage.side, new_tower(ResNetShape(shape.depth, shape.image_side)))
+    if shape is None:
+        raise RecipeError(f"stage {stage.name} has neither a backbone nor start_from")
+    vit = ViTShape(**shape.model_dump())
+    if stage.text is None:
+        return Start(stage.side, new_tower(vit))
+    tokenizer = AutoTokenizer.from_pretrained(JOEY if stage.tokenizer is None else workshop.output(stage.tokenizer))
+    if vit.family == "clip":
+        tokenizer = clip_tokenizer(tokenizer, stage.text.length)
+    text = TextShape(vit.width, stage.text.layers, vit.heads, stage.text.length, 2 * vit.width)
+    image_processor = new_image_processor(vit.family, vit.image_side)
+    return Start(stage.side, None, new_pair(vit, text, tokenizer), image_processor, tokenizer)
+
+
+def _loaded_start(stage: TowerStage, workshop: Workshop) -> Start:
+    source = str(stage.start_from)
+    finished = workshop.runs / source / "output"
+    folder = find_tower(finished if finished.is_dir() else source)
+    if read_json(folder / "config.json").get("model_type") not in (CLIPConfig.model_type, SiglipConfig.model_type):
+        return Start(stage.side, load_tower(folder))
+    embedder = load_embedder(folder)
+    return Start(stage.side, embedder.tower, embedder.model, embedder.tower.image_processor, embedder.tokenizer)
 
 
 def run_language(stage: LanguageStage, workshop: Workshop) -> dict[str, float]:
@@ -108,7 +162,7 @@ def run_language(stage: LanguageStage, workshop: Workshop) -> dict[str, float]:
     objective = LanguageObjective(new_language_model(stage, tokenizer), tokenizer)
     sources = text_sources(stage.texts, workshop, stage.exclude_captions_of)
     weights = [text.weight for text in stage.texts]
-    count = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
+    count = samples_of(stage.schedule)
     # Held-out documents are split off first: a block that shares a text with a trained one would flatter the score.
     # At most 3 % of any source is held out.
     kept = [rows[: max(1, len(rows) - max(1, len(rows) // 32))] for rows in sources]
@@ -125,23 +179,33 @@ def run_instruct(stage: InstructStage, workshop: Workshop) -> dict[str, float]:
         model, processor = load_llava(workshop.output(stage.start_from))
     else:
         model, processor = _join_stages(str(stage.tower), str(stage.language_model), workshop)
+    if stage.attention is not None:
+        model.set_attn_implementation(stage.attention)
     objective = InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power, stage.rates)
     side = processor.image_processor.size["height"]
-    samples = stage.schedule.steps * stage.schedule.batch_size * stage.schedule.accumulation
+    samples = samples_of(stage.schedule)
     train_set = lesson_mixture(stage, side, workshop, samples)
     held_out = held_out_lessons(stage, side, workshop)
     if stage.start_from is None:
         views = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
-        calibrate_projector(model, normalise(torch.stack(views)))
+        calibrate_projector(model, normalised(torch.stack(views), processor.image_processor))
     return _train_and_export(objective, stage, workshop, train_set, held_out)
 
 
 def _join_stages(tower: str, language_model: str, workshop: Workshop) -> tuple[Any, Any]:
-    both_towers = SiglipModel.from_pretrained(workshop.output(tower))
     folder = workshop.output(language_model)
+    seeing = load_tower(workshop.output(tower))
     return join(
-        both_towers.vision_model, LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        seeing.model,
+        LlamaForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+        seeing.image_processor,
     )
+
+
+def samples_of(schedule: Schedule) -> int:
+    """How many samples a run sees, over all its processes."""
+    return schedule.steps * schedule.batch_size * schedule.accumulation * PartialState().num_processes
 
 
 def _train_and_export(
@@ -150,36 +214,15 @@ def _train_and_export(
     workshop: Workshop,
     train_set: Any,
     held_out: Any,
+    layer_decay: float = 1.0,
 ) -> dict[str, float]:
     folder = workshop.runs / stage.name
-    scores = train(objective, stage.schedule, train_set, held_out, folder)
-    objective.export(folder / "output")
+    scores = train(objective, stage.schedule, train_set, held_out, folder, layer_decay)
+    state = PartialState()
+    if state.is_main_process:
+        objective.export(folder / "output")
+    state.wait_for_everyone()
     return scores
-
-
-def new_siglip(stage: TowerStage, tokenizer: PreTrainedTokenizerBase) -> SiglipModel:
-    """A SigLIP of the stage's shape with new weights."""
-    vision = SiglipVisionConfig(
-        hidden_size=stage.width,
-        intermediate_size=4 * stage.width,
-        num_hidden_layers=stage.layers,
-        num_attention_heads=stage.heads,
-        image_size=stage.image_side,
-        patch_size=stage.patch,
-    )
-    text = SiglipTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=stage.width,
-        intermediate_size=2 * stage.width,
-        num_hidden_layers=stage.text_layers,
-        num_attention_heads=stage.heads,
-        max_position_embeddings=stage.text_length,
-        projection_size=stage.width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
 
 
 def new_language_model(stage: LanguageStage, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -228,17 +271,17 @@ def _scene_texts(scene: Any) -> list[str]:
     return [*scene.captions, *(f"{question.question} {question.answer}" for question in scene.questions)]
 
 
+def opened(sources: Sequence[PictureSource], side: int, workshop: Workshop, first_scene: int) -> tuple[PictureSet, ...]:
+    """The pictures of each source."""
+    return tuple(open_pictures(source, workshop.data_folder, side, first_scene) for source in sources)
+
+
 def view_mixture(
-    stage: TowerStage, sources: Sequence[PictureSource], workshop: Workshop, samples: int, first_scene: int
-) -> Mixture[CaptionedView]:
-    """Captioned views for `samples` places."""
-    views: list[Source[CaptionedView]] = [
-        SceneViews(source.scenes, stage.side, first_scene)
-        if source.scenes is not None
-        else ShardViews(workshop.data_folder(), str(source.shard), source.use, stage.side, stage.smallest_crop)
-        for source in sources
-    ]
-    return Mixture(views, [source.weight for source in sources], samples, stage.schedule.seed)
+    objective: Objective, pictures: Sequence[PictureSet], sources: Sequence[PictureSource], samples: int, seed: int
+) -> Mixture[Any]:
+    """What `objective` makes of `pictures`, a set for each of `sources`, for `samples` places."""
+    views = [Views(some, objective.sample) for some in pictures]
+    return Mixture(views, [source.weight for source in sources], samples, seed)
 
 
 def lesson_mixture(stage: InstructStage, side: int, workshop: Workshop, samples: int) -> Mixture[Lesson]:

@@ -1,7 +1,8 @@
 """Run any objective on `transformers.Trainer`: the only training loop."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.cached_step import cached_step
 from training.config import Schedule
-from training.objective import Objective, total_loss
+from training.objective import Objective, WholeBatchObjective, total_loss
+from training.schedules import cosine
 
 WEIGHTS = "objective.safetensors"
+PARTS = "parts"  # the key of a batch that comes in micro-batches
 
 
 def freeze_all_but(objective: nn.Module, trained: set[str]) -> None:
@@ -36,6 +40,20 @@ def has_fast_bf16() -> bool:
     return cpu_facts.is_file() and any(flag in cpu_facts.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
+def compile_layers(objective: nn.Module) -> None:
+    """Compile each layer of each stack of layers in place; names and weights stay as they are.
+
+    Layer by layer, because compiling a whole model takes minutes, and lengths that change would start it again. Raises
+    ValueError where there is no C++ compiler.
+    """
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        raise ValueError("compile: true needs a C++ compiler: install g++, or say compile: false in the schedule")
+    for stack in objective.modules():
+        if isinstance(stack, nn.ModuleList):
+            for layer in stack:
+                layer.compile()
+
+
 @dataclass
 class _Logged:
     """Sums of what the objective returned since the last log line."""
@@ -47,15 +65,24 @@ class _Logged:
 class ObjectiveTrainer(Trainer):
     """The trainer of an objective: samples come in the dataset's own order, so that resuming is exact."""
 
-    def __init__(self, objective: Objective, arguments: TrainingArguments, train: Dataset[Any], held_out: Dataset[Any]):
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        folder: Path,
+        train: Dataset[Any],
+        held_out: Dataset[Any],
+        layer_decay: float = 1.0,
+    ) -> None:
         freeze_all_but(objective, objective.trained_parameters())
+        self.layer_decay = layer_decay
         super().__init__(
             model=objective,
-            args=arguments,
+            args=training_arguments(schedule, folder / "checkpoints", isinstance(objective, WholeBatchObjective)),
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=objective.collate,
-            callbacks=[_AfterStep(objective), _WriteLog(Path(arguments.output_dir).parent / "log.jsonl")],
+            data_collator=_collator(objective, schedule),
+            callbacks=[_AroundStep(objective), _WeightDecay(schedule), _WriteLog(folder / "log.jsonl")],
         )
         self._logged = _Logged({})
 
@@ -63,33 +90,54 @@ class ObjectiveTrainer(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a group for each rate that the objective asks for, with and without weight decay."""
+        """AdamW with a group for each rate, with and without weight decay.
+
+        The rate is what the objective asks for, times `layer_decay` for each layer above the parameter.
+        """
         objective = self.accelerator.unwrap_model(self.model)
         decays = set(self.get_decay_parameter_names(objective))
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((objective.rate_of(name), name in decays), []).append(parameter)
+                rate = objective.rate_of(name) * self.layer_decay ** objective.layers_above(name)
+                groups.setdefault((rate, name in decays), []).append(parameter)
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = kind(
             [
-                {"params": p, "lr": self.args.learning_rate * rate, "weight_decay": self.args.weight_decay * decayed}
+                {
+                    "params": p,
+                    "lr": self.args.learning_rate * rate,
+                    "weight_decay": self.args.weight_decay * decayed,
+                    "decays": decayed,
+                }
                 for (rate, decayed), p in groups.items()
             ],
             **settings,
         )
         return self.optimizer
 
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; of several parts at once where the loss compares them with each other."""
+        if PARTS not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        values = cached_step(model, self._prepare_inputs(inputs)[PARTS])
+        self._note(values)
+        return total_loss(values)
+
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **unused: Any
     ) -> Any:
         """The sum of the objective's losses; everything it returns goes to the log."""
         values = model(**inputs)
+        self._note(values)
+        loss = total_loss(values)
+        return (loss, values) if return_outputs else loss
+
+    def _note(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self._logged.sums[name] = self._logged.sums.get(name, 0.0) + float(value.detach())
         self._logged.count += 1
-        loss = total_loss(values)
-        return (loss, values) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the objective's own values to each training line."""
@@ -102,9 +150,10 @@ class ObjectiveTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss of one held-out batch."""
-        inputs = self._prepare_inputs(inputs)
+        parts = self._prepare_inputs(inputs).get(PARTS) or [self._prepare_inputs(inputs)]
         with torch.no_grad(), self.compute_loss_context_manager():
-            return total_loss(model(**inputs)).detach(), None, None
+            losses = [total_loss(model(**part)) for part in parts]
+            return torch.stack(losses).mean(), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -116,12 +165,43 @@ class ObjectiveTrainer(Trainer):
         load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS), strict=True)
 
 
-class _AfterStep(TrainerCallback):
+def _collator(objective: Objective, schedule: Schedule) -> Callable[[Sequence[Any]], Mapping[str, Any]]:
+    """The objective's own; where a step of a whole-batch objective is accumulated, a list of micro-batches."""
+    if schedule.accumulation == 1 or not isinstance(objective, WholeBatchObjective):
+        return objective.collate
+    size = schedule.batch_size
+
+    def collate_parts(samples: Sequence[Any]) -> Mapping[str, Any]:
+        return {PARTS: [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]}
+
+    return collate_parts
+
+
+class _AroundStep(TrainerCallback):
+    """Tells the objective where the run stands."""
+
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
-    def on_optimizer_step(self, *unused: Any, **more: Any) -> None:
-        self.objective.after_step()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.objective.begin_step(state.global_step, state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.objective.after_step(state.global_step, state.max_steps)
+
+
+class _WeightDecay(TrainerCallback):
+    """Moves the weight decay along a cosine, as DINO does (Caron et al. 2021, section 3.1)."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.start, self.end = schedule.weight_decay, schedule.final_weight_decay
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **unused: Any) -> None:
+        if self.end is None:
+            return
+        for group in optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = cosine(self.start, self.end, state.global_step, state.max_steps)
 
 
 class _WriteLog(TrainerCallback):
@@ -131,29 +211,40 @@ class _WriteLog(TrainerCallback):
         self.file = file
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **unused: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         with self.file.open("a") as sink:
             sink.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 def train(
-    objective: Objective, schedule: Schedule, train_set: Dataset[Any], held_out: Dataset[Any], folder: Path
+    objective: Objective,
+    schedule: Schedule,
+    train_set: Dataset[Any],
+    held_out: Dataset[Any],
+    folder: Path,
+    layer_decay: float = 1.0,
 ) -> dict[str, float]:
     """Train `objective`, going on from the newest checkpoint in `folder`, and return its held-out scores."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = ObjectiveTrainer(objective, training_arguments(schedule, folder / "checkpoints"), train_set, held_out)
+    if schedule.gradient_checkpointing:
+        objective.gradient_checkpointing_enable({"use_reentrant": False})
+    if schedule.compile:
+        compile_layers(objective)
+    trainer = ObjectiveTrainer(objective, schedule, folder, train_set, held_out, layer_decay)
     checkpoints = folder / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     return trainer.evaluate()
 
 
-def training_arguments(schedule: Schedule, checkpoints: Path) -> TrainingArguments:
-    """What `schedule` says, in transformers' words."""
+def training_arguments(schedule: Schedule, checkpoints: Path, whole_batch: bool) -> TrainingArguments:
+    """What `schedule` says, in transformers' words; with `whole_batch` the step itself splits its samples."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_size,
+        per_device_train_batch_size=schedule.batch_size * (schedule.accumulation if whole_batch else 1),
         per_device_eval_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.accumulation,
+        gradient_accumulation_steps=1 if whole_batch else schedule.accumulation,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": schedule.final_rate},

@@ -1,5 +1,6 @@
 """The command `kangaroo`: the one place that knows every package, and imports each one late so that help is instant."""
 
+import json
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -171,6 +172,50 @@ def train(
             tell("stopped. The same command goes on from the newest checkpoint.")
             raise typer.Exit(130) from None
     print(f"The result is in {result}. Try it: kangaroo chat {result}")
+
+
+@app.command(epilog="Example: kangaroo evaluate runs/dino/model --train birds/train --test birds/test")
+def evaluate(
+    tower: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TOWER]", help="A tower's folder or hub name (organisation/name).", show_default="Joey's embedder"
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Labelled pictures to learn from: a folder of labels' folders, or a shard."),
+    ] = None,
+    test: Annotated[str | None, typer.Option(metavar="DATA", help="Labelled pictures to name.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Pictures with captions: a .jsonl or .csv file, or a shard.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(envvar="KANGAROO_DATA", help="The folder of the Parquet shards that are named.")
+    ] = None,
+    features: Annotated[
+        Literal["pooled", "patches", "both"], typer.Option(help="What probes read; patches is the mean over them.")
+    ] = "pooled",
+    neighbours: Annotated[int, typer.Option(min=1, help="How many neighbours vote in kNN.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures that the tower sees at once.")] = 64,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run the tower in bfloat16 autocast.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the report into this file too, as JSON.")] = None,
+) -> None:
+    """Measure a vision tower: kNN and linear probe, and with a text half naming without examples and retrieval."""
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise fail(f"--out {out}: name a file in a folder that exists")
+    from rich.console import Console
+
+    from assistant.models import EMBEDDER, JOEY, ModelError
+    from training.data.pictures import DataError
+    from training.evaluation.tower_report import Wanted, measure_tower, report_table
+
+    wanted = Wanted(train, test, pairs, features, neighbours, batch, bf16)
+    with plain_errors(ModelError, DataError):
+        report = measure_tower(tower or JOEY / EMBEDDER, wanted, data)
+    Console().print(report_table(report))
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def open_readable(paths: Sequence[Path]) -> "list[tuple[Path, Image]]":

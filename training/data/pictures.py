@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -11,10 +11,33 @@ import torch
 from PIL import Image
 
 from assistant.images import PictureError, open_picture
+from training.data.catalogue import Catalogue, stamp_of
+from training.data.pixel_cache import DEFAULT_MEMORY, PixelMemory
 
 
 class DataError(ValueError):
     """Training data that is missing or damaged; the message names the file and row and the way out."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture and what is said of it, whatever format it came from."""
+
+    name: str  # names file and row, for errors
+    pixels: torch.Tensor  # uint8 (3, H, W)
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    also_true: tuple[str, ...] = ()  # texts that are true of it and not taught here: no picture is told they are false
+    whole: bool = False  # its texts are true of the whole picture only: no crop, no mirror
+
+
+class PictureSet(Protocol):
+    """Pictures by index, whatever format they come from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Picture:
+        """Picture `index`, the same one every time."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +94,39 @@ def _row(shard: str, record: dict[str, Any]) -> PictureRow:
     )
 
 
-class DecodedPictures:
-    """Pixels of rows, decoded once and kept as uint8 (C, H, W): decoding costs more than a small model's step."""
+class ShardPictures:
+    """The rows of a shard as encoded pictures."""
 
-    def __init__(self, rows: Sequence[PictureRow]) -> None:
+    def __init__(self, folder: Path, shard: str) -> None:
+        self._stamp = stamp_of(shard_files(folder, shard))
+        self.rows = read_rows(folder, shard)
+        names = [f"row {row.id} of {shard}" for row in self.rows]
+        self.catalogue = Catalogue(names, [row.captions for row in self.rows], [row.label for row in self.rows])
+
+    def content(self, index: int) -> bytes:
+        """The bytes of row `index`."""
+        return self.rows[index].encoded
+
+    def stamp(self) -> str:
+        """Names, sizes and times of the shard's files."""
+        return self._stamp
+
+
+class DecodedPictures:
+    """Pixels of rows in full size, decoded once while there is room: decoding costs more than a small model's step."""
+
+    def __init__(self, rows: Sequence[PictureRow], memory: int = DEFAULT_MEMORY) -> None:
+        """`memory` is how many bytes of pixels are kept."""
         self.rows = rows
-        self._pixels: dict[int, torch.Tensor] = {}
+        self._memory = PixelMemory(len(rows), memory)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Pixels of row `index`, uint8 (3, H, W). Raises DataError naming the row when it cannot be decoded."""
-        if index not in self._pixels:
-            self._pixels[index] = pixels_of(picture_of(self.rows[index]))
-        return self._pixels[index]
+        kept = self._memory.get(index)
+        if kept is None:
+            kept = pixels_of(picture_of(self.rows[index]))
+            self._memory.put(index, kept)
+        return kept
 
 
 def picture_of(row: PictureRow) -> Image.Image:

@@ -9,12 +9,11 @@ from torch.utils.data import Dataset
 
 from assistant.questions import CAPTION_QUESTION
 from training.data.mixing import mixture_plan
-from training.data.pictures import DataError, DecodedPictures, PictureRow, pixels_of, read_rows
+from training.data.pictures import DataError, DecodedPictures, Picture, PictureRow, PictureSet, pixels_of, read_rows
 from training.data.scenes import make_scene
 from training.data.texts import TextRow
 from training.data.views import mirrors_safely, random_view, square
 from training.objectives.instruct import Lesson
-from training.objectives.siglip import CaptionedView
 
 CAPTION_QUESTIONS = (
     CAPTION_QUESTION,
@@ -24,6 +23,7 @@ CAPTION_QUESTIONS = (
     "Write a caption for this picture.",
 )
 LABEL_QUESTIONS = ("What is this?", "What is the main thing in this picture?", "What kind of picture is this?")
+KEPT_ASIDE = 32  # one picture in so many validates where no source is named for it
 SMALLEST_LESSON_CROP = 0.8  # of the area, where the words name details that a small crop would lose
 
 Sample = TypeVar("Sample", covariant=True)
@@ -59,49 +59,44 @@ def pick(options: Sequence[str], generator: np.random.Generator) -> str:
     return options[int(generator.integers(len(options)))]
 
 
-class ShardViews:
-    """Captioned views of one shard: a random crop with one of its captions, or with its label in words."""
+class Views(Generic[Sample]):
+    """The views that an objective makes of pictures."""
 
-    def __init__(self, folder: Path, shard: str, use: str, side: int, smallest_crop: float) -> None:
-        self.texts_of: Callable[[PictureRow], tuple[str, ...]] = label_texts if use == "labels" else caption_texts
-        self.rows = [row for row in read_rows(folder, shard) if self.texts_of(row)]
-        self.pixels = DecodedPictures(self.rows)
-        self.side = side
-        self.smallest_crop = smallest_crop
+    def __init__(self, pictures: PictureSet, make: Callable[[Picture, np.random.Generator], Sample]) -> None:
+        self.pictures, self.make = pictures, make
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pictures)
 
-    def sample(self, index: int, generator: np.random.Generator) -> CaptionedView:
-        """A view and a text of row `index`."""
-        text = pick(self.texts_of(self.rows[index]), generator)
-        mirror = mirrors_safely(text)
-        return CaptionedView(random_view(self.pixels[index], self.side, generator, self.smallest_crop, mirror), text)
+    def sample(self, index: int, generator: np.random.Generator) -> Sample:
+        """Views of picture `index`."""
+        return self.make(self.pictures[index], generator)
 
 
-def caption_texts(row: PictureRow) -> tuple[str, ...]:
-    """What people wrote about the picture."""
-    return row.captions
+class Chosen:
+    """Some pictures of a set, by index."""
 
-
-def label_texts(row: PictureRow) -> tuple[str, ...]:
-    """The label in a sentence, or nothing without a label."""
-    return (f"A photo of a {row.label}.",) if row.label else ()
-
-
-class SceneViews:
-    """Captioned views of generated scenes; never cropped or mirrored, for the words name places and letters."""
-
-    def __init__(self, count: int, side: int, first_seed: int = 0) -> None:
-        self.count, self.side, self.first_seed = count, side, first_seed
+    def __init__(self, pictures: PictureSet, places: np.ndarray) -> None:
+        self.pictures, self.places = pictures, places
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.places)
 
-    def sample(self, index: int, generator: np.random.Generator) -> CaptionedView:
-        """Scene `index` and one of its captions."""
-        scene = make_scene(self.first_seed + index, self.side)
-        return CaptionedView(pixels_of(scene.image), pick(scene.captions, generator))
+    def __getitem__(self, index: int) -> Picture:
+        """The picture at place `index` of the chosen ones."""
+        return self.pictures[int(self.places[index])]
+
+
+def kept_aside(pictures: PictureSet) -> tuple[Chosen, Chosen]:
+    """Pictures to train on and pictures to validate on: every 32nd of the set, and at least one.
+
+    Raises DataError for a set of one picture.
+    """
+    if len(pictures) < 2:
+        raise DataError("there is one picture, and training needs at least one more to validate on; add pictures")
+    places = np.arange(len(pictures))
+    aside = places % min(KEPT_ASIDE, len(pictures)) == min(KEPT_ASIDE, len(pictures)) - 1
+    return Chosen(pictures, places[~aside]), Chosen(pictures, places[aside])
 
 
 class ShardLessons:

@@ -13,6 +13,7 @@ from training.data.scene_captions import describe
 from training.data.scene_drawing import draw
 from training.data.scene_facts import KIND_WEIGHTS, SCENE_KINDS, SceneKind, decide
 from training.data.scene_questions import ask
+from training.data.scene_statements import state
 from training.data.scene_wording import Question
 
 __all__ = ["EVALUATION_SEED", "SCENE_KINDS", "SMALLEST_SIDE", "Question", "Scene", "SceneKind", "make_scene"]
@@ -24,13 +25,17 @@ LARGEST_SIDE = 2048
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture (RGB, side x side) with two captions and four to eight questions about it."""
+    """One picture (RGB, side x side) with two captions and four to eight questions about it.
+
+    `statements` are short texts of one fact each, a tuple for each sort of fact; see `scene_statements`.
+    """
 
     seed: int
     kind: str
     image: Image.Image
     captions: tuple[str, ...]
     questions: tuple[Question, ...]
+    statements: tuple[tuple[str, ...], ...]
 
 
 def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Scene:
@@ -56,4 +61,4 @@ def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Sce
     drawn_kind = random.choices(SCENE_KINDS, [KIND_WEIGHTS[name] for name in SCENE_KINDS])[0]
     facts = decide(kind or drawn_kind, random)
     captions, questions = describe(facts, random), ask(facts, random)
-    return Scene(seed, facts.kind, draw(facts, side, random), captions, questions)
+    return Scene(seed, facts.kind, draw(facts, side, random), captions, questions, state(facts))

@@ -40,8 +40,3 @@ def mirrors_safely(text: str) -> bool:
     """Whether `text` stays true of the mirrored picture: it names neither left nor right."""
     lowered = text.lower()
     return not any(word in lowered for word in SIDED_WORDS)
-
-
-def normalise(views: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., 3, H, W) -> float32 in [-1, 1]: mean and deviation 0.5, SigLIP's own."""
-    return views.float().div_(127.5).sub_(1.0)

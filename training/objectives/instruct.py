@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from assistant.chat import IMAGE_TOKEN, EncodedConversation, assistant_message, encode_conversation, user_message
 from assistant.checkpoint import save_llava
 from assistant.fusion import unused_tower_parameters
-from training.data.views import normalise
+from assistant.towers import normalised
 from training.objective import Objective
 from training.supervised_loss import supervised_cross_entropy
 
@@ -23,6 +23,7 @@ PREFIXES: dict[Part, tuple[str, ...]] = {
     "projector": ("model.model.multi_modal_projector.",),
     "language": ("model.model.language_model.", "model.lm_head."),
 }
+LENGTH_MULTIPLE = 32  # tokens; each new length of a batch costs a CPU a fifth of a second of kernel preparation
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class InstructObjective(Objective):
         """Weighted mean loss over supervised tokens, and the share of them that greedy decoding would get right."""
         hidden = self.model.model(
             input_ids=batch["ids"],
-            pixel_values=normalise(batch["views"]) if "views" in batch else None,
-            attention_mask=batch["attends"],
+            pixel_values=normalised(batch["views"], self.processor.image_processor) if "views" in batch else None,
+            attention_mask=self._mask(batch["attends"]),
             position_ids=batch["positions"],
             use_cache=False,
         ).last_hidden_state
@@ -86,10 +87,17 @@ class InstructObjective(Objective):
         head = self.model.get_output_embeddings().weight
         return {"answer_loss": supervised_cross_entropy(hidden, head, batch["targets"], batch["weights"])}
 
+    def _mask(self, attends: Tensor) -> Tensor:
+        # transformers' eager attention adds its mask to the scores; the fused ones select with it.
+        if self.model.config.text_config._attn_implementation != "eager":
+            return attends
+        return torch.zeros(attends.shape, device=attends.device).masked_fill_(~attends, torch.finfo(torch.float16).min)
+
     def collate(self, samples: Sequence[Lesson]) -> Mapping[str, Tensor]:
         """ids, positions, predicts (B, T); attends (B, 1, T, T); targets, weights (S,); views (pictures, 3, H, W)."""
         packed = [self.pack(lesson) for lesson in samples]
         length = max(len(p.ids) for p in packed)
+        length += -length % LENGTH_MULTIPLE
         pad = self.processor.tokenizer.pad_token_id
         ids = torch.full((len(packed), length), pad)
         positions = torch.zeros_like(ids)

@@ -1,0 +1,118 @@
+"""The space that pictures and texts share: embed either with a CLIP or SigLIP and the processor saved beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from assistant.checkpoint import load_model
+from assistant.models import EMBEDDER, ModelError, find_tower, read_json
+from assistant.towers import Tower
+
+TEXTS_AT_ONCE = 256
+# By what `config.json` says the weights are of.
+WITH_TEXT_HALF: dict[str, type[CLIPModel | SiglipModel]] = {
+    CLIPConfig.model_type: CLIPModel,
+    SiglipConfig.model_type: SiglipModel,
+}
+
+
+class Embedder:
+    """A CLIP or SigLIP with its tokenizer and image processor, for use and not for training.
+
+    Pictures and texts become points of unit length; what belongs together lies close.
+    """
+
+    def __init__(
+        self, model: CLIPModel | SiglipModel, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.tower = Tower(model.vision_model, image_processor).eval()  # the same weights
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+    @torch.inference_mode()
+    def pictures(self, views: Tensor | Sequence[Tensor]) -> Tensor:
+        """(B, D) of unit length from B pictures, uint8 (3, H, W) of any sizes; the image processor resizes them."""
+        pixels = processed(self.tower.image_processor, views)
+        return self.of_pooled(self.tower(pixels.to(self.device)).pooled)
+
+    @torch.inference_mode()
+    def of_pooled(self, pooled: Tensor) -> Tensor:
+        """(B, D) of unit length from what the tower pooled: CLIP projects it first, SigLIP's head has done so."""
+        if isinstance(self.model, CLIPModel):
+            pooled = self.model.visual_projection(pooled)
+        return functional.normalize(pooled.float(), dim=-1)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(B, D) of unit length; a text that is too long for the text half is cut."""
+        embedded = []
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            ids = text_ids(self.model, self.tokenizer, texts[start : start + TEXTS_AT_ONCE]).to(self.device)
+            embedded.append(self.model.get_text_features(input_ids=ids).pooler_output)
+        return functional.normalize(torch.cat(embedded).float(), dim=-1)
+
+
+def text_ids(model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """(B, T) ids as the text half of `model` reads them: padded on the right, cut where too long, no attention mask.
+
+    SigLIP pools at its last place and was trained to read the padding, so T is always its full length. CLIP looks back
+    only and pools at the end token, so padding is nothing to it: T is the longest text's.
+    """
+    encoded = tokenizer(
+        list(texts),
+        padding="longest" if isinstance(model, CLIPModel) else "max_length",
+        padding_side="right",
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        return_tensors="pt",
+    )
+    return encoded["input_ids"]
+
+
+def processed(image_processor: BaseImageProcessor, pictures: Tensor | Sequence[Tensor]) -> Tensor:
+    """float32 (B, 3, H, W) as the tower was trained to see, from uint8 (3, H, W) pictures of any sizes."""
+    return image_processor(list(pictures), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+
+
+def has_text_half(folder: Path) -> bool:
+    """Whether the model in `folder` is one that `load_embedder` loads."""
+    return read_json(folder / "config.json").get("model_type") in WITH_TEXT_HALF
+
+
+def load_embedder(source: str | Path) -> Embedder:
+    """The CLIP or SigLIP in `source`, a folder or a hub name, in float32.
+
+    Raises ModelError where it cannot be found, has no text half, or is damaged.
+    """
+    folder = find_tower(source)
+    if not has_text_half(folder):
+        kind = read_json(folder / "config.json").get("model_type")
+        raise ModelError(
+            f"{source} holds a {kind}, which has no text half that shares its space; take a CLIP or SigLIP with both "
+            f"halves (a trained model keeps one in its folder {EMBEDDER})"
+        )
+    model = load_model(WITH_TEXT_HALF[read_json(folder / "config.json")["model_type"]], folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the processor cannot be read: {str(error).splitlines()[0]}") from error
+    return Embedder(model, image_processor, tokenizer)

@@ -1,0 +1,55 @@
+"""Two processes train as one does on the joined batch: every objective, through the one trainer, over gloo."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from serving.engine import free_port
+from tests.test_pretraining import CASES, gradients_of_a_step, stage_of
+from tests.tiny import make_tiny_tokenizer
+from training.config import TowerStage
+
+RANKS = 2
+
+
+def deterministic(name: str, **schedule: Any) -> TowerStage:
+    """The tiny stage of `name` without stochastic depth, whose dropped paths would differ from rank to rank."""
+    backbone = CASES[name][1] | ({"drop_path": 0.0} if name == "dinov2" else {})
+    return stage_of(name, backbone=backbone, schedule={"steps": 1, **schedule})
+
+
+def train_as(rank: int, runs: Path, port: int, plans: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """What one of two processes does: the first step of each plan; the first rank keeps the gradients."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    for title, name, schedule in plans:
+        gradients = gradients_of_a_step(deterministic(name, **schedule), runs, runs / f"{title}-{rank}")
+        if rank == 0:
+            torch.save(gradients, runs / f"{title}.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first gradients of each objective on two ranks, at once and accumulated."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_tiny_tokenizer(tmp_path_factory.mktemp("words")).save_pretrained(folder / "tokenizer" / "output")
+    plans = [(f"{name}-at-once", name, {"batch_size": 4}) for name in CASES]
+    plans += [(f"{name}-in-parts", name, {"batch_size": 2, "accumulation": 2}) for name in CASES]
+    multiprocessing.spawn(train_as, (folder, free_port(), plans), nprocs=RANKS)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["at-once", "in-parts"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_have_the_gradient_of_one_process(name: str, how: str, runs: Path, tmp_path: Path) -> None:
+    """Four samples on each of two ranks give the gradient of eight in one process; also as two times two each."""
+    whole = gradients_of_a_step(deterministic(name), runs, tmp_path)
+    ranks = torch.load(runs / f"{name}-{how}.pt")
+    assert whole.keys() == ranks.keys()
+    for key, gradient in whole.items():
+        assert torch.allclose(ranks[key], gradient, rtol=1e-3, atol=2e-6), key

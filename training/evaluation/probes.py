@@ -1,0 +1,105 @@
+"""Probes of frozen features: the nearest neighbours vote, and a linear classifier is trained."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn import functional
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+QUERIES_AT_ONCE = 1024
+# scikit-learn's C, from strong to weak: the inverse of the penalty on the squared weights, beside the summed loss.
+REGULARISATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+HELD_OUT = 0.2  # share of the training pictures that chooses among them
+ITERATIONS = 1000
+
+
+def knn_labels(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    neighbours: int = NEIGHBOURS,
+    temperature: float | None = TEMPERATURE,
+) -> Tensor:
+    """The label that the nearest training features vote for; of equal votes the smallest label.
+
+    A neighbour votes with weight exp(cosine / temperature) (Wu et al. 2018, section 3.4; DINO's evaluation takes the
+    same 20 neighbours and 0.07), or each with the same weight where `temperature` is None.
+
+    Args:
+        train: (B, D) features, of any length.
+        train_labels: (B,) int64 from 0.
+        test: (Q, D) features.
+
+    Returns:
+        (Q,) int64 labels.
+
+    Raises:
+        ValueError: more neighbours are asked for than there are training features.
+    """
+    if not 1 <= neighbours <= len(train):
+        raise ValueError(f"{neighbours} neighbours of {len(train)} training features: ask for 1 to {len(train)}")
+    train = functional.normalize(train.float(), dim=-1)
+    found = []
+    for queries in functional.normalize(test.float(), dim=-1).split(QUERIES_AT_ONCE):
+        similarity, index = (queries @ train.T).topk(neighbours, dim=-1)
+        # Only ratios of weights matter; the largest exponent is 0, so that no temperature overflows.
+        shifted = similarity - similarity[:, :1]
+        weights = torch.ones_like(shifted) if temperature is None else (shifted / temperature).exp()
+        votes = weights.new_zeros(len(queries), int(train_labels.max()) + 1)
+        found.append(votes.scatter_add_(1, train_labels[index], weights).argmax(-1))
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """What a trained linear classifier says of the test features, and how it was trained."""
+
+    labels: Tensor  # (Q,) int64
+    regularisation: float  # the chosen C
+    held_out_accuracy: float  # of that C, on the part of the training features that chose it
+    converged: bool
+
+
+def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, seed: int = 0) -> LinearProbe:
+    """Multinomial logistic regression by L-BFGS on standardised features.
+
+    The penalty is chosen on a fifth of the training features, with every label in both parts; then all of them train.
+    Of penalties that do equally well the strongest is taken. The test features choose nothing.
+
+    Args:
+        train: (B, D) features.
+        train_labels: (B,) int64, two labels or more and each on two features or more.
+        test: (Q, D) features.
+
+    Raises:
+        ValueError: a label has fewer than two features, or there is one label only.
+    """
+    counts = train_labels.unique(return_counts=True)[1]
+    if len(counts) < 2 or int(counts.min()) < 2:
+        raise ValueError("a linear probe needs two labels or more, and each on two training pictures or more")
+    features, labels = train.float().cpu().numpy(), train_labels.cpu().numpy()
+    held_out = max(len(counts), round(HELD_OUT * len(labels)))
+    part, rest, part_labels, rest_labels = train_test_split(
+        features, labels, test_size=held_out, stratify=labels, random_state=seed
+    )
+    accuracy = {c: _fit(part, part_labels, c)[0].score(rest, rest_labels) for c in REGULARISATIONS}
+    best = max(REGULARISATIONS, key=lambda c: accuracy[c])
+    classifier, converged = _fit(features, labels, best)
+    predicted = torch.from_numpy(classifier.predict(test.float().cpu().numpy()))
+    return LinearProbe(predicted, best, float(accuracy[best]), converged)
+
+
+def _fit(features: object, labels: object, regularisation: float) -> tuple[Pipeline, bool]:
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=regularisation, max_iter=ITERATIONS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said in the result instead
+        classifier.fit(features, labels)
+    return classifier, int(classifier[-1].n_iter_.max()) < ITERATIONS

@@ -1,0 +1,53 @@
+"""A frozen copy of a module that follows it as a moving average."""
+
+import copy
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Student = TypeVar("Student", bound=nn.Module)
+
+
+class Teacher(nn.Module, Generic[Student]):
+    """An averaged copy of `student`, in `model`; it never trains.
+
+    The average is that of mean teacher (Tarvainen & Valpola 2017), as MoCo and DINO use it. Its weights and buffers are
+    part of its `state_dict`; the student is not. It has neither dropout nor stochastic depth. A batch norm uses its own
+    batches while training, as in the code of MoCo v3 and DINO, and keeps its own statistics: the student's would belong
+    to other weights. All other buffers are copied.
+    """
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.model: Student = copy.deepcopy(student).requires_grad_(False)
+        # In a tuple it is no submodule, so it is neither saved nor trained a second time.
+        self._student = (student,)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Evaluation mode for everything but the batch norms, which follow `mode`."""
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(mode)
+        return self
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """Each weight becomes `momentum` x itself + (1 - `momentum`) x the student's."""
+        student = self._student[0]
+        own: list[Tensor] = list(self.model.parameters())
+        theirs = [weight.detach() for weight in student.parameters()]
+        torch._foreach_lerp_(own, theirs, 1.0 - momentum)
+        for module, other in zip(self.model.modules(), student.modules(), strict=True):
+            if not isinstance(module, _BatchNorm):
+                for name, buffer in module.named_buffers(recurse=False):
+                    buffer.copy_(other.get_buffer(name))
+
+
+def names_outside_teachers(module: nn.Module) -> set[str]:
+    """The parameters of `module`, by name, that are in none of the teachers which it has as children."""
+    teachers = tuple(f"{name}." for name, child in module.named_children() if isinstance(child, Teacher))
+    return {name for name, _ in module.named_parameters() if not name.startswith(teachers)}
