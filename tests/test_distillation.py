@@ -420,7 +420,7 @@ def test_what_is_named_trains_and_nothing_else(name: str) -> None:
 def test_teachers_follow_the_schedule(name: str) -> None:
     objective = tiny_objective(name, momentum=0.9)
     optimiser = optimiser_of(objective)
-    pairs = [("teacher_tower", objective.tower)]
+    pairs: list[tuple[str, nn.Module]] = [("teacher_tower", objective.tower)]
     pairs += [("teacher_projector", objective.projector)] if isinstance(objective, MocoObjective) else []
     pairs += [] if isinstance(objective, MocoObjective) else [("teacher_head", objective.head)]
     pairs += [("teacher_patch_head", objective.patch_head)] if isinstance(objective, DinoV2Objective) else []
@@ -495,7 +495,8 @@ def test_all_chance_comes_from_the_generator(name: str) -> None:
     objective = tiny_objective(name)
     first, second = (objective.collate(samples_of(objective, 3)) for _ in range(2))
     torch.testing.assert_close(dict(first), dict(second), rtol=0, atol=0)
-    again = objective.collate([objective.sample(picture(0), np.random.default_rng(9)) for _ in range(3)])
+    others: list[Any] = [objective.sample(picture(0), np.random.default_rng(9)) for _ in range(3)]
+    again = objective.collate(others)
     assert not any(torch.equal(first[key], again[key]) for key in first)
 
 
