@@ -380,6 +380,7 @@ def take_step(objective: Distilled, optimiser: torch.optim.Optimizer, step: int,
     objective.begin_step(step, steps)
     optimiser.zero_grad()
     total_loss(objective(**objective.collate(samples_of(objective, count)))).backward()
+    objective.before_update(step, steps)
     optimiser.step()
     objective.after_step(step, steps)
 

@@ -54,6 +54,9 @@ class Objective(nn.Module):
     def begin_step(self, step: int, steps: int) -> None:
         """Called before optimiser step `step` (from 0) of `steps`: temperatures, what is frozen at first."""
 
+    def before_update(self, step: int, steps: int) -> None:
+        """Called when all gradients of step `step` are there: clear those of what is frozen."""
+
     def after_step(self, step: int, steps: int) -> None:
         """Called after optimiser step `step` (from 0) of `steps`: teacher averaging, centres, clamps."""
 

@@ -10,7 +10,6 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from assistant.towers import Tower
 from training.data.augment import multi_crop
@@ -77,7 +76,6 @@ class SelfDistillation(WholeBatchObjective):
         self.teacher_tower = Teacher(tower)
         self.teacher_head = Teacher(self.head)
         self.temperature = settings.first_teacher_temperature
-        self._hooks: list[RemovableHandle] = []
 
     def new_head(self, prototype_lengths: bool) -> PrototypeHead:
         """A head of the settings' sizes with new weights."""
@@ -131,12 +129,7 @@ class SelfDistillation(WholeBatchObjective):
         return torch.cat([pooled, behind.unflatten(0, small.shape[:2])], dim=1)
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Set the teacher's temperature, and while the prototypes are frozen throw their gradients away.
-
-        As in DINO's code the gradients become None, so that the optimiser knows nothing of them; zeros would leave its
-        second moments near zero and its first real steps several times too large. (DistributedDataParallel fills them
-        with zeros all the same.)
-        """
+        """Set the teacher's temperature."""
         settings = self.settings
         self.temperature = warm_up(
             settings.first_teacher_temperature,
@@ -144,22 +137,23 @@ class SelfDistillation(WholeBatchObjective):
             step,
             round(settings.warm_up * steps),
         )
-        self._let_prototypes_move()
-        if step < round(settings.frozen_prototypes * steps):
-            frozen = [weight for head in self.heads().values() for weight in head.last_layer()]
-            self._hooks = [w.register_post_accumulate_grad_hook(_drop_gradient) for w in frozen if w.requires_grad]
+
+    def before_update(self, step: int, steps: int) -> None:
+        """Throw the gradients of the prototypes away while they are frozen.
+
+        As in DINO's code they become None, so that the optimiser knows nothing of them; zeros would leave its second
+        moments near zero and its first real steps several times too large.
+        """
+        if step < round(self.settings.frozen_prototypes * steps):
+            for head in self.heads().values():
+                for weight in head.last_layer():
+                    weight.grad = None
 
     def after_step(self, step: int, steps: int) -> None:
         """Move the teacher."""
-        self._let_prototypes_move()
         momentum = cosine(self.settings.momentum, 1.0, step, steps)
         for teacher in self.teachers():
             teacher.update(momentum)
-
-    def _let_prototypes_move(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     def trained_parameters(self) -> set[str]:
         """All but the teachers, and but the tower's own mask token, which only an objective that hides patches uses."""
@@ -206,10 +200,6 @@ def spread(features: Tensor) -> Tensor:
     """How far apart unit-length features (B, D) point: about 1 when at random, 0 when all are the same (collapsed)."""
     units = functional.normalize(features.detach().float(), dim=-1)
     return units.std(0, correction=0).mean() * units.shape[-1] ** 0.5
-
-
-def _drop_gradient(weight: Tensor) -> None:
-    weight.grad = None
 
 
 def _check_sides(tower: Tower, side: int, settings: SelfDistillationSettings) -> None:

@@ -186,6 +186,9 @@ class _AroundStep(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         self.objective.begin_step(state.global_step, state.max_steps)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        self.objective.before_update(state.global_step, state.max_steps)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         self.objective.after_step(state.global_step, state.max_steps)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from assistant.towers import Tower
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from assistant.towers import Tower
 from training.comparison import refuse_one_sample, share_found
 from training.contrastive_losses import nt_xent_loss
 from training.data.augment import simclr_view
