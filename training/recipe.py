@@ -44,7 +44,7 @@ def run_recipe(recipe: Recipe, data: Path | None, runs: Path, only: str | None =
         raise RecipeError(f"there is no stage {only!r}; the stages are {', '.join(s.name for s in recipe.stages)}")
     check_data(recipe, workshop)
     for number, stage in enumerate(stages, start=1):
-        print(f"[{number}/{len(stages)}] {stage.name}: {type(stage).__doc__}", flush=True)
+        state.print(f"[{number}/{len(stages)}] {stage.name}: {type(stage).__doc__}", flush=True)
         run_stage(stage, workshop)
     if only:
         return workshop.runs / only / "output"
@@ -59,7 +59,7 @@ def run_stage(stage: Stage, workshop: Workshop) -> None:
     marker = workshop.runs / stage.name / DONE
     settings = stage.model_dump(mode="json")
     if marker.is_file() and json.loads(marker.read_text())["settings"] == settings:
-        print(f"    finished before, see {marker}", flush=True)
+        PartialState().print(f"    finished before, see {marker}", flush=True)
         return
     started = time.time()
     scores = _run(stage, workshop)

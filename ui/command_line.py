@@ -160,7 +160,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model by a recipe, stage after stage; run it again to go on where it stopped."""
-    from training.config import RecipeError, read_recipe, rehearsal
+    from training.config import InstructStage, RecipeError, read_recipe, rehearsal
     from training.data.pictures import DataError
     from training.recipe import run_recipe
 
@@ -171,7 +171,8 @@ def train(
         except KeyboardInterrupt:
             tell("stopped. The same command goes on from the newest checkpoint.")
             raise typer.Exit(130) from None
-    print(f"The result is in {result}. Try it: kangaroo chat {result}")
+    answers = isinstance(read.stages[-1], InstructStage) and stage is None
+    print(f"The result is in {result}. Try it: kangaroo {'chat' if answers else 'evaluate'} {result}")
 
 
 @app.command(epilog="Example: kangaroo evaluate runs/dino/model --train birds/train --test birds/test")
