@@ -1,6 +1,7 @@
 """One training step of a whole-batch objective in micro-batches, with the gradient of the whole batch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _represent_again(
 
 def _without_synchronising(model: nn.Module) -> Any:
     """Under DistributedDataParallel gradients are averaged once, at the end: its own hooks want one backward a step."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else torch.enable_grad()
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def _average_gradients(model: nn.Module) -> None:

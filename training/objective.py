@@ -103,6 +103,36 @@ class WholeBatchObjective(Objective):
         return representations if only_represent else self.compare(representations)
 
 
+class TrainsTower:
+    """What objectives share that train `self.tower` alone; stands before `Objective` among the bases."""
+
+    tower: Tower
+
+    def layers_above(self, name: str) -> int:
+        """Layers of the tower above a parameter of the tower; 0 in heads, decoders and teachers."""
+        part, _, inner = name.partition(".")
+        return len(self.tower.layers) + 1 - self.tower.layer_of(inner) if part == "tower" else 0
+
+    def export(self, folder: Path) -> None:
+        """The trained tower alone, a plain transformers checkpoint: what stood on it has done its work."""
+        self.tower.save(folder)
+
+
+def given_tower(start: Start, objective: str) -> Tower:
+    """The tower of `start`. Raises ValueError when there is none."""
+    if start.tower is None:
+        raise ValueError(
+            f"{objective} trains a tower alone, and none was given: name one with `tower:` or `start_from:`"
+        )
+    return start.tower
+
+
+def mask_token_names(tower: Tower) -> set[str]:
+    """The tower's own mask token by its name, when it has one."""
+    own = tower.own_mask_token()
+    return {name for name, weight in tower.named_parameters() if weight is own}
+
+
 def total_loss(values: Mapping[str, Tensor]) -> Tensor:
     """The sum of the values whose names end in `_loss`. Raises ValueError when there is none."""
     losses = [value for name, value in values.items() if name.endswith("_loss")]

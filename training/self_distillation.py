@@ -15,7 +15,7 @@ from assistant.towers import Tower
 from training.data.augment import multi_crop
 from training.data.pictures import Picture
 from training.heads import PrototypeHead
-from training.objective import Start, WholeBatchObjective
+from training.objective import TrainsTower, WholeBatchObjective, mask_token_names
 from training.schedules import cosine, warm_up
 from training.strict import Strict
 from training.teacher import Teacher, names_outside_teachers
@@ -59,7 +59,7 @@ class Crops:
     small: Tensor
 
 
-class SelfDistillation(WholeBatchObjective):
+class SelfDistillation(TrainsTower, WholeBatchObjective):
     """A student that learns to score crops as its teacher scores other crops of the same picture.
 
     The tower that comes out is the teacher's, as the authors publish it. A subclass represents and compares.
@@ -159,23 +159,9 @@ class SelfDistillation(WholeBatchObjective):
         """All but the teachers, and but the tower's own mask token, which only an objective that hides patches uses."""
         return names_outside_teachers(self) - {f"tower.{name}" for name in mask_token_names(self.tower)}
 
-    def layers_above(self, name: str) -> int:
-        """Layers of the tower above a parameter of the student's tower; 0 elsewhere."""
-        part, _, inner = name.partition(".")
-        return len(self.tower.layers) + 1 - self.tower.layer_of(inner) if part == "tower" else 0
-
     def export(self, folder: Path) -> None:
         """The teacher's tower, a plain transformers checkpoint."""
         self.teacher_tower.model.save(folder)
-
-
-def given_tower(start: Start, objective: str) -> Tower:
-    """The tower of `start`. Raises ValueError when there is none."""
-    if start.tower is None:
-        raise ValueError(
-            f"{objective} trains a tower alone, and none was given: name one with `tower:` or `start_from:`"
-        )
-    return start.tower
 
 
 def patch_embedding_names(tower: Tower) -> set[str]:
@@ -188,12 +174,6 @@ def patch_embedding_names(tower: Tower) -> set[str]:
         if isinstance(module, nn.Conv2d)
         for name, _ in module.named_parameters()
     }
-
-
-def mask_token_names(tower: Tower) -> set[str]:
-    """The tower's own mask token by its name, when it has one."""
-    own = tower.own_mask_token()
-    return {name for name, weight in tower.named_parameters() if weight is own}
 
 
 def spread(features: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ class ObjectiveTrainer(Trainer):
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss of one held-out batch."""
-        parts = self._prepare_inputs(inputs).get(PARTS) or [self._prepare_inputs(inputs)]
+        inputs = self._prepare_inputs(inputs)
+        parts = inputs.get(PARTS, [inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [total_loss(model(**part)) for part in parts]
             return torch.stack(losses).mean(), None, None

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from assistant.towers import Tower
 from training.distillation_losses import Centre, crops_loss
-from training.objective import Start
-from training.self_distillation import SelfDistillation, SelfDistillationSettings, given_tower, spread
+from training.objective import Start, given_tower
+from training.self_distillation import SelfDistillation, SelfDistillationSettings, spread
 
 
 class Settings(SelfDistillationSettings):

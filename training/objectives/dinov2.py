@@ -13,7 +13,7 @@ from assistant.towers import Tower
 from training.data.augment import block_mask
 from training.data.pictures import Picture
 from training.distillation_losses import crops_loss, koleo_loss, patches_loss, sinkhorn_knopp
-from training.objective import Start
+from training.objective import Start, given_tower
 from training.picture_decoder import take
 from training.self_distillation import (
     LARGE_CROPS,
@@ -21,7 +21,6 @@ from training.self_distillation import (
     Crops,
     SelfDistillation,
     SelfDistillationSettings,
-    given_tower,
     patch_embedding_names,
     spread,
 )

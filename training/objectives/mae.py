@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from torch.nn import functional
 from assistant.towers import Tower
 from training.data.augment import mirror, random_crop
 from training.data.pictures import Picture
-from training.objective import Objective, Start
+from training.objective import Objective, Start, TrainsTower, given_tower, mask_token_names
 from training.picture_decoder import PictureDecoder, others, patchify, take, unpatchify
-from training.self_distillation import given_tower, mask_token_names
 from training.strict import Strict
 
 VARIANCE_EPSILON = 1e-6  # the paper's code: keeps a patch of one colour from being divided by zero
@@ -41,7 +39,7 @@ class MaskedView:
     visible: Tensor
 
 
-class MaeObjective(Objective):
+class MaeObjective(TrainsTower, Objective):
     """Masked autoencoding (He et al. 2022) of any tower with patch tokens.
 
     The loss is a mean over masked patches, and every picture masks as many: so a mean over micro-batches of equal size
@@ -141,15 +139,6 @@ class MaeObjective(Objective):
         """Tower and decoder; not the tower's own mask token: hidden patches do not enter it."""
         still = {f"tower.{name}" for name in mask_token_names(self.tower)}
         return {name for name, _ in self.named_parameters()} - still
-
-    def layers_above(self, name: str) -> int:
-        """Layers of the tower above a parameter of the tower; 0 in the decoder."""
-        part, _, inner = name.partition(".")
-        return len(self.tower.layers) + 1 - self.tower.layer_of(inner) if part == "tower" else 0
-
-    def export(self, folder: Path) -> None:
-        """The tower alone, a plain transformers checkpoint: the decoder has done its work."""
-        self.tower.save(folder)
 
 
 def build(settings: Settings, start: Start) -> MaeObjective:

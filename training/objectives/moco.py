@@ -1,7 +1,6 @@
 """MoCo v3: the query of each view finds the key that an averaged encoder gave the other view."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from training.data.augment import byol_views
 from training.data.pictures import Picture
 from training.gather import gather, rank, ranks
 from training.heads import mlp_head
-from training.objective import Start, WholeBatchObjective
+from training.objective import Start, TrainsTower, WholeBatchObjective, given_tower, mask_token_names
 from training.schedules import cosine
-from training.self_distillation import Area, given_tower, mask_token_names, patch_embedding_names, spread
+from training.self_distillation import Area, patch_embedding_names, spread
 from training.strict import Strict
 from training.teacher import Teacher, names_outside_teachers
 
@@ -36,7 +35,7 @@ class Settings(Strict):
     freeze_patch_embedding: bool = Field(True, description="steadier (section 4.1 of the paper); a ResNet has none")
 
 
-class MocoObjective(WholeBatchObjective):
+class MocoObjective(TrainsTower, WholeBatchObjective):
     """MoCo v3 (Chen et al. 2021, algorithm 1) of any tower: no queue, keys of the whole step over all ranks.
 
     Both views go through the tower together. Batch norm in the heads is over all ranks, each view for itself; that of a
@@ -99,15 +98,6 @@ class MocoObjective(WholeBatchObjective):
         if self.settings.freeze_patch_embedding:
             still |= patch_embedding_names(self.tower)
         return names_outside_teachers(self) - {f"tower.{name}" for name in still}
-
-    def layers_above(self, name: str) -> int:
-        """Layers of the tower above a parameter of the student's tower; 0 elsewhere."""
-        part, _, inner = name.partition(".")
-        return len(self.tower.layers) + 1 - self.tower.layer_of(inner) if part == "tower" else 0
-
-    def export(self, folder: Path) -> None:
-        """The student's tower, a plain transformers checkpoint, as the authors publish it."""
-        self.tower.save(folder)
 
 
 def keys_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:

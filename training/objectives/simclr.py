@@ -1,7 +1,6 @@
 """SimCLR: two views of a picture find each other among the views of all pictures."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ from training.contrastive_losses import nt_xent_loss
 from training.data.augment import simclr_view
 from training.data.pictures import Picture
 from training.heads import mlp_head
-from training.objective import Start, WholeBatchObjective
-from training.self_distillation import given_tower, mask_token_names
+from training.objective import Start, TrainsTower, WholeBatchObjective, given_tower, mask_token_names
 from training.strict import Strict
 
 
@@ -33,7 +31,7 @@ class Settings(Strict):
     batch_norm: bool = Field(True, description="batch norm in the head")
 
 
-class SimclrObjective(WholeBatchObjective):
+class SimclrObjective(TrainsTower, WholeBatchObjective):
     """SimCLR (Chen et al. 2020) of any tower.
 
     The head works on the whole step, so its batch norm sees all micro-batches, both views and all ranks, as the paper's
@@ -83,15 +81,6 @@ class SimclrObjective(WholeBatchObjective):
         """Tower and head, without a mask token: nothing is hidden here."""
         still = {f"tower.{name}" for name in mask_token_names(self.tower)}
         return {name for name, _ in self.named_parameters()} - still
-
-    def layers_above(self, name: str) -> int:
-        """Layers of the tower above a parameter of the tower; 0 in the head."""
-        part, _, inner = name.partition(".")
-        return len(self.tower.layers) + 1 - self.tower.layer_of(inner) if part == "tower" else 0
-
-    def export(self, folder: Path) -> None:
-        """The tower alone, a plain transformers checkpoint: the head has done its work."""
-        self.tower.save(folder)
 
 
 def build(settings: Settings, start: Start) -> SimclrObjective:
