@@ -93,15 +93,3 @@ def encode_conversation(
     if not any(supervised):
         raise ConversationError(f"nothing is supervised in this conversation (no assistant turn?): {rendered[0][:200]}")
     return EncodedConversation(ids, supervised)
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tokens_per_picture: int
-) -> list[int]:
-    """Token ids of `messages` up to where the assistant starts to answer."""
-    rendered, _ = render_jinja_template(
-        [list(messages)], chat_template=tokenizer.chat_template, add_generation_prompt=True
-    )
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    ids = tokenizer(rendered[0], add_special_tokens=False)["input_ids"]
-    return [copy for token in ids for copy in [token] * (tokens_per_picture if token == image_id else 1)]

@@ -1,5 +1,6 @@
 """The space that pictures and texts share: embed either with a CLIP or SigLIP and the processor saved beside it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from assistant.models import EMBEDDER, ModelError, find_tower, read_json
 from assistant.towers import Tower
 
 TEXTS_AT_ONCE = 256
+LENGTH_MULTIPLE = 16  # tokens; each new length of a batch costs a CPU some kernel preparation
 # By what `config.json` says the weights are of.
 WITH_TEXT_HALF: dict[str, type[CLIPModel | SiglipModel]] = {
     CLIPConfig.model_type: CLIPModel,
@@ -74,17 +76,20 @@ def text_ids(model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase,
     """(B, T) ids as the text half of `model` reads them: padded on the right, cut where too long, no attention mask.
 
     SigLIP pools at its last place and was trained to read the padding, so T is always its full length. CLIP looks back
-    only and pools at the end token, so padding is nothing to it: T is the longest text's.
+    only and pools at the end token, so padding is nothing to it: T is the longest text's, rounded up.
     """
+    most = model.config.text_config.max_position_embeddings
     encoded = tokenizer(
         list(texts),
         padding="longest" if isinstance(model, CLIPModel) else "max_length",
         padding_side="right",
         truncation=True,
-        max_length=model.config.text_config.max_position_embeddings,
+        max_length=most,
         return_tensors="pt",
     )
-    return encoded["input_ids"]
+    ids = encoded["input_ids"]
+    length = min(math.ceil(ids.shape[1] / LENGTH_MULTIPLE) * LENGTH_MULTIPLE, most)
+    return functional.pad(ids, (0, max(0, length - ids.shape[1])), value=tokenizer.pad_token_id)
 
 
 def processed(image_processor: BaseImageProcessor, pictures: Tensor | Sequence[Tensor]) -> Tensor:

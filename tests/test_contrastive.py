@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoProcessor, CLIPModel, PreTrainedTokenizerFast, SiglipModel
 
-from assistant.embeddings import load_embedder
+from assistant.embeddings import load_embedder, text_ids
 from assistant.tower_shapes import new_image_processor
 from assistant.towers import ResNetShape, TextShape, ViTShape, clip_tokenizer, load_tower, new_pair, new_tower
 from tests.tiny import make_tiny_tokenizer
@@ -547,7 +547,7 @@ def test_published_clips_say_that_their_end_is_2(tokenizer: PreTrainedTokenizerF
     start = new_start("clip", tokenizer)
     assert isinstance(start.model, CLIPModel)
     objective = clip.build(clip.Settings(), start)
-    ids = objective.text_ids(TEXTS)
+    ids = text_ids(objective.model, objective.tokenizer, TEXTS)
     before = objective.model.get_text_features(ids).pooler_output
     start.model.text_model.eos_token_id = start.model.config.text_config.eos_token_id = 2
     after = clip.build(clip.Settings(), start).model.get_text_features(ids).pooler_output
@@ -560,14 +560,15 @@ def test_texts_are_read_as_the_models_read_them(tokenizer: PreTrainedTokenizerFa
     """A long text keeps its end token; CLIP's padding changes nothing; SigLIP's is always there."""
     objective = tiny_objective("clip", tokenizer)
     long = "a very long text about a red circle " * 9
-    ids = objective.text_ids(["a dog", long])
+    ids = text_ids(objective.model, objective.tokenizer, ["a dog", long])
     end = objective.tokenizer.eos_token_id
     assert ids.shape == (2, LENGTH) and int(ids[1, -1]) == end and int((ids == end).sum()) == 2
-    short = objective.text_ids(["a dog"])
+    short = text_ids(objective.model, objective.tokenizer, ["a dog"])
     assert short.shape == (1, 16)
     embedded = [objective.model.get_text_features(one).pooler_output for one in (short, ids[:1])]
     torch.testing.assert_close(*embedded, rtol=1e-5, atol=1e-6)
-    assert tiny_objective("siglip", tokenizer).text_ids(["a dog"]).shape == (1, LENGTH)
+    reader = tiny_objective("siglip", tokenizer)
+    assert text_ids(reader.model, reader.tokenizer, ["a dog"]).shape == (1, LENGTH)
 
 
 def test_clips_scale_stays_below_100(tokenizer: PreTrainedTokenizerFast) -> None:

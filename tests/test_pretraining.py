@@ -1,7 +1,9 @@
 """Every objective trains through the one trainer: exactly what it names, resumed and accumulated as if in one piece."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tests.tiny import make_tiny_tokenizer
 from training.config import RecipeError, Schedule, TowerStage
 from training.data.pictures import DataError
 from training.data.samples import Mixture, Views
+from training.data.scenes import make_scene
 from training.recipe import run_stage
 from training.schedules import cosine
 from training.stages import Workshop, build_tower_objective, opened, run_tower
@@ -27,6 +30,7 @@ CROPS = {"small_side": 16, "small_count": 1, "prototypes": 24, "head_hidden": 32
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "clip": ({}, {"family": "clip", **VIT}, True),
     "siglip": ({"start_temperature": 10, "start_bias": -10}, {"family": "siglip", **VIT}, True),
+    "words": ({"start_temperature": 10, "start_bias": -10}, {"family": "siglip", **VIT}, True),
     "simclr": ({"head_hidden": 32, "projection": 16}, {"family": "vit", **VIT}, False),
     "moco": ({"head_hidden": 32, "projection": 16}, {"family": "vit", **VIT}, False),
     "mae": ({"decoder_width": 32, "decoder_layers": 1, "decoder_heads": 2}, {"family": "vit", **VIT}, False),
@@ -110,6 +114,68 @@ def test_a_run_exports_what_transformers_loads_and_resumes_exactly(name: str, ru
     second = load_file(output / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)
+
+
+def write_streamed_tars(folder: Path, tars: int = 2, samples: int = 10) -> None:
+    """Compressed tars of scenes with captions, which can only be read from start to end."""
+    folder.mkdir()
+    for number in range(tars):
+        with tarfile.open(folder / f"part-{number}.tar.gz", "w:gz") as tar:
+            for place in range(samples):
+                scene = make_scene(100 * number + place, 64)
+                drawn = io.BytesIO()
+                scene.image.save(drawn, "PNG")
+                for suffix, content in (("png", drawn.getvalue()), ("txt", scene.captions[0].encode())):
+                    member = tarfile.TarInfo(f"{number}-{place}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [("siglip", 2), ("mae", 2), ("simclr", 1)])
+def test_a_streamed_run_resumes_exactly(name: str, accumulation: int, runs: Path, tmp_path: Path) -> None:
+    """From compressed tars, stopped after two of four steps: the same losses as uninterrupted, nothing read twice."""
+    write_streamed_tars(tmp_path / "tars")
+    use = "captions" if CASES[name][2] else "pictures"
+    stage = stage_of(
+        name,
+        name=f"{name}-streamed",
+        mixture=[{"tars": "tars/part-*.tar.gz", "stream": True, "use": use, "weight": 1}],
+        held_out=[{"scenes": 8, "weight": 1}],
+        schedule={"batch_size": 4, "accumulation": accumulation},
+    )
+    workshop = Workshop(runs, tmp_path)
+    folder = runs / stage.name
+    run_stage(stage, workshop)
+    first = load_file(folder / "output" / "model.safetensors")
+    (folder / "done.json").unlink()
+    shutil.rmtree(folder / "output")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    run_stage(stage, workshop)
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in logged if "loss" in line]
+    assert len(set(losses[:4])) == 4
+    assert losses[4:] == losses[2:4]
+    second = load_file(folder / "output" / "model.safetensors")
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixture": [{"scenes": 8, "stream": True, "weight": 1}]}, "only tars can be streamed, not a scenes"),
+        ({"mixture": [{"tars": "a.tar", "stream": True, "weight": 1}]}, "name the pictures that validate in held_out"),
+        (
+            {
+                "mixture": [{"tars": "a.tar", "stream": True, "weight": 1}, {"scenes": 8, "weight": 1}],
+                "held_out": [{"scenes": 8, "weight": 1}],
+            },
+            "a stream cannot be mixed",
+        ),
+    ],
+)
+def test_streams_refuse_what_they_cannot_do(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage_of("siglip", **changes)
 
 
 @pytest.mark.parametrize("name", CASES)

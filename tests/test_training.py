@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from assistant.chat import ConversationError, assistant_message, encode_conversation, encode_prompt, user_message
+from assistant.chat import ConversationError, assistant_message, encode_conversation, user_message
 from assistant.checkpoint import load_llava
 from assistant.models import ModelError
 from assistant.towers import normalised
@@ -69,7 +69,8 @@ def test_only_answers_and_their_ends_are_supervised(tokenizer: PreTrainedTokeniz
     supervised = [i for i, s in zip(encoded.ids, encoded.supervised, strict=True) if s]
     assert tokenizer.decode(supervised) == "a red circle</s>3</s>"
     assert encoded.ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 10
-    prompt = encode_prompt(tokenizer, messages[:1], tokens_per_picture=5)
+    asked = str(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False))
+    prompt = tokenizer(asked.replace("<image>", 5 * "<image>"), add_special_tokens=False)["input_ids"]
     assert encoded.ids[: len(prompt)] == prompt
 
 

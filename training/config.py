@@ -53,6 +53,9 @@ class PictureSource(Strict):
         None, description="file of captions, .jsonl or .csv; its pictures count from its folder"
     )
     tars: str | None = Field(None, description="webdataset tars: a path, a glob, or braces such as a-{000..003}.tar")
+    stream: bool = Field(
+        False, description="read tars from start to end: for compressed ones, pipes, and slow disks; alone in a mixture"
+    )
     dataset: str | None = Field(None, description="name on the Hugging Face hub; a local one begins with /, ~ or .")
     split: str = Field("train", description="split of the dataset")
     image_column: str = Field("image", description="column of the dataset that holds the pictures")
@@ -73,6 +76,8 @@ class PictureSource(Strict):
         columns = {"split", "image_column", "text_column", "label_column"} & self.model_fields_set
         if columns and self.dataset is None:
             raise ValueError(f"{', '.join(sorted(columns))} is said of a dataset only, not of a {named[0]}")
+        if self.stream and self.tars is None:
+            raise ValueError(f"only tars can be streamed, not a {named[0]}")
         if self.use == "questions" and named[0] not in ("shard", "scenes"):
             raise ValueError(f"a {named[0]} has no questions")
         if self.use == "statements" and self.scenes is None:
@@ -171,6 +176,11 @@ class TowerStage(Strict):
             raise ValueError("name either a backbone, which is new, or start_from")
         if self.text is not None and self.backbone is None:
             raise ValueError("a text half is new with its backbone; leave it out where start_from is set")
+        if any(source.stream for source in (*self.mixture, *self.held_out)):
+            if len(self.mixture) > 1 or any(source.stream for source in self.held_out):
+                raise ValueError("a stream cannot be mixed or held out: let it be the only source of the mixture")
+            if not self.held_out:
+                raise ValueError("nothing can be kept aside of a stream: name the pictures that validate in held_out")
         check_settings(self.objective, self.settings)
         return self
 

@@ -21,11 +21,12 @@ from transformers import (
     SiglipProcessor,
 )
 
+from assistant.embeddings import text_ids
 from assistant.towers import Tower
 from training.comparison import share_found
 from training.data.pictures import DataError, Picture
 from training.data.views import mirrors_safely, random_view, square
-from training.objective import Start, WholeBatchObjective
+from training.objective import Start, WholeBatchObjective, check_side
 from training.strict import Strict
 
 MOST_TRUE = 24  # texts that may be true of one picture; a number for all, so that micro-batches and ranks agree
@@ -65,14 +66,12 @@ class PictureTextObjective(WholeBatchObjective):
     ) -> None:
         """`side`: pixels of a view, which may be fewer than the model's own. Raises ValueError where parts misfit."""
         super().__init__()
-        patch = model.config.vision_config.patch_size
-        if side % patch:
-            raise ValueError(f"side: a view of {side} pixels does not divide into patches of {patch}")
         words = model.config.text_config.vocab_size
         if len(tokenizer) > words:
             raise ValueError(f"the tokenizer has {len(tokenizer)} words and the model {words}; take the model's own")
         self.model = model
         self.tower = Tower(model.vision_model, image_processor)  # the same weights, and what it knows of them
+        check_side(self.tower, side)
         self.tokenizer = tokenizer
         self.side = side
         self.smallest_crop = smallest_crop
@@ -102,14 +101,10 @@ class PictureTextObjective(WholeBatchObjective):
         """
         return {
             "views": torch.stack([sample.view for sample in samples]),
-            "text_ids": self.text_ids([sample.text for sample in samples]),
+            "text_ids": text_ids(self.model, self.tokenizer, [sample.text for sample in samples]),
             "identity": torch.tensor([identity_of(sample.text) for sample in samples]),
             "true": torch.tensor([identities_true_of(sample) for sample in samples]),
         }
-
-    def text_ids(self, texts: Sequence[str]) -> Tensor:
-        """(B, T) ids of `texts`, padded and cut as the text half reads them."""
-        raise TypeError(f"{type(self).__name__} has no text_ids")
 
     def represent(self, **batch: Any) -> dict[str, Tensor]:
         """pictures and texts, (b, D) fp32 of unit length each, and the texts' identity (b,)."""

@@ -23,7 +23,8 @@ from training.config import (
     TowerStage,
 )
 from training.data.pictures import shard_files
-from training.data.sources import open_encoded
+from training.data.sources import name_and_stamp
+from training.hashing import file_hash
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
 
 DONE = "done.json"
@@ -115,15 +116,15 @@ def check_data(recipe: Recipe, workshop: Workshop) -> None:
     """Raises DataError when pictures or texts that `recipe` names are not there; better now than after an hour."""
     _files(recipe, workshop)
     for source in _other_sources(recipe):
-        open_encoded(source, workshop.data_folder)
+        name_and_stamp(source, workshop.data_folder)
 
 
 def data_hashes(recipe: Recipe, workshop: Workshop) -> dict[str, str]:
     """sha256 of each shard; of other sources, of the names, sizes and times of their files."""
     hashes = {file.name: file_hash(file) for file in _files(recipe, workshop)}
     for source in _other_sources(recipe):
-        name, pictures = open_encoded(source, workshop.data_folder)
-        hashes[name] = hashlib.sha256(pictures.stamp().encode()).hexdigest()
+        name, stamp = name_and_stamp(source, workshop.data_folder)
+        hashes[name] = hashlib.sha256(stamp.encode()).hexdigest()
     return hashes
 
 
@@ -141,9 +142,3 @@ def _files(recipe: Recipe, workshop: Workshop) -> list[Path]:
             shards |= {source.shard for source in getattr(stage, field, ()) if source.shard}
         shards |= set(getattr(stage, "exclude_captions_of", ()))
     return [file for shard in sorted(shards) for file in shard_files(workshop.data_folder(), shard)]
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of the bytes of `file`."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

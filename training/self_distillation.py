@@ -15,7 +15,7 @@ from assistant.towers import Tower
 from training.data.augment import multi_crop
 from training.data.pictures import Picture
 from training.heads import PrototypeHead
-from training.objective import TrainsTower, WholeBatchObjective, mask_token_names
+from training.objective import TrainsTower, WholeBatchObjective, check_side, mask_token_names
 from training.schedules import cosine, warm_up
 from training.strict import Strict
 from training.teacher import Teacher, names_outside_teachers
@@ -183,13 +183,10 @@ def spread(features: Tensor) -> Tensor:
 
 
 def _check_sides(tower: Tower, side: int, settings: SelfDistillationSettings) -> None:
-    patch, small = tower.patch_size, settings.small_side
-    crops = {"side": side, "small_side": small} if settings.small_count else {"side": side}
-    for name, pixels in crops.items():
-        if tower.has_patch_tokens and pixels % patch:
-            raise ValueError(
-                f"{name}: a crop of {pixels} pixels does not divide into patches of {patch}: "
-                f"take a multiple, such as {name}: {max(1, round(pixels / patch)) * patch}"
-            )
-    if settings.small_count and small > side:
+    check_side(tower, side)
+    if not settings.small_count:
+        return
+    small = settings.small_side
+    check_side(tower, small, "small_side")
+    if small > side:
         raise ValueError(f"small_side: a small crop of {small} pixels is larger than a large one of {side}")

@@ -49,13 +49,15 @@ from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, PictureSet, read_rows
 from training.data.samples import Mixture, SceneLessons, ShardLessons, Source, TextLessons, Views, kept_aside
 from training.data.scenes import EVALUATION_SEED, make_scene
-from training.data.sources import open_pictures
+from training.data.sources import open_pictures, tars_of
+from training.data.tar_streams import StreamedViews, TarStream
 from training.data.texts import TextBlocks, TextRow, read_texts
 from training.objective import Objective, Start
 from training.objectives.instruct import InstructObjective, Lesson
 from training.objectives.language import LanguageObjective
+from training.sharding import gather_weights
 from training.tokenizer import fast_tokenizer, train_sentencepiece
-from training.trainer import train
+from training.trainer import loader_batch, train
 
 HELD_OUT_SEED = EVALUATION_SEED + 500_000_000  # scenes that validate; evaluation uses those below
 LONGEST_PROMPT_CHARACTERS = 300
@@ -104,16 +106,27 @@ def run_tower(stage: TowerStage, workshop: Workshop) -> dict[str, float]:
     """Pretrain a tower and export it."""
     set_seed(stage.schedule.seed)
     objective = build_tower_objective(stage, workshop)
-    samples = samples_of(stage.schedule)
-    trained = opened(stage.mixture, stage.side, workshop, first_scene=0)
-    if stage.held_out:
-        validating = opened(stage.held_out, stage.side, workshop, HELD_OUT_SEED)
-    else:
-        trained, validating = zip(*(kept_aside(pictures) for pictures in trained), strict=True)
     seed = stage.schedule.seed
-    train_set = view_mixture(objective, trained, stage.mixture, samples, seed)
+    train_set: StreamedViews | Mixture[Any]
+    if stage.mixture[0].stream:
+        validating = opened(stage.held_out, stage.side, workshop, HELD_OUT_SEED)
+        train_set = StreamedViews(opened_stream(stage, workshop, objective), objective.sample)
+    else:
+        trained, validating = trained_and_validating(stage, workshop)
+        train_set = view_mixture(objective, trained, stage.mixture, samples_of(stage.schedule), seed)
     held_out = view_mixture(objective, validating, stage.held_out or stage.mixture, stage.held_out_samples, seed)
     return _train_and_export(objective, stage, workshop, train_set, held_out, stage.layer_decay)
+
+
+def trained_and_validating(
+    stage: TowerStage, workshop: Workshop
+) -> tuple[tuple[PictureSet, ...], tuple[PictureSet, ...]]:
+    """The pictures of each source, and those that validate: the named ones, or some of the sources' own kept aside."""
+    trained = opened(stage.mixture, stage.side, workshop, first_scene=0)
+    if stage.held_out:
+        return trained, opened(stage.held_out, stage.side, workshop, HELD_OUT_SEED)
+    trained, validating = zip(*(kept_aside(pictures) for pictures in trained), strict=True)
+    return trained, validating
 
 
 def build_tower_objective(stage: TowerStage, workshop: Workshop) -> Objective:
@@ -219,6 +232,7 @@ def _train_and_export(
     folder = workshop.runs / stage.name
     scores = train(objective, stage.schedule, train_set, held_out, folder, layer_decay)
     state = PartialState()
+    gather_weights(objective)
     if state.is_main_process:
         objective.export(folder / "output")
     state.wait_for_everyone()
@@ -274,6 +288,21 @@ def _scene_texts(scene: Any) -> list[str]:
 def opened(sources: Sequence[PictureSource], side: int, workshop: Workshop, first_scene: int) -> tuple[PictureSet, ...]:
     """The pictures of each source."""
     return tuple(open_pictures(source, workshop.data_folder, side, first_scene) for source in sources)
+
+
+def opened_stream(stage: TowerStage, workshop: Workshop, objective: Objective) -> TarStream:
+    """The only source of `stage`, without end, this rank's share of it."""
+    source, state = stage.mixture[0], PartialState()
+    return TarStream(
+        tars_of(source, workshop.data_folder),
+        source.use,
+        stage.side,
+        stage.schedule.seed,
+        damaged=source.damaged,
+        rank=state.process_index,
+        ranks=state.num_processes,
+        batch_size=loader_batch(stage.schedule, objective),
+    )
 
 
 def view_mixture(

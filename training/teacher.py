@@ -4,8 +4,10 @@ import copy
 from typing import Generic, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.sharding import local
 
 Student = TypeVar("Student", bound=nn.Module)
 
@@ -38,8 +40,8 @@ class Teacher(nn.Module, Generic[Student]):
     def update(self, momentum: float) -> None:
         """Each weight becomes `momentum` x itself + (1 - `momentum`) x the student's."""
         student = self._student[0]
-        own: list[Tensor] = list(self.model.parameters())
-        theirs = [weight.detach() for weight in student.parameters()]
+        own = [local(weight) for weight in self.model.parameters()]
+        theirs = [local(weight.detach()) for weight in student.parameters()]
         torch._foreach_lerp_(own, theirs, 1.0 - momentum)
         for module, other in zip(self.model.modules(), student.modules(), strict=True):
             if not isinstance(module, _BatchNorm):

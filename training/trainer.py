@@ -4,20 +4,24 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.cached_step import cached_step
 from training.config import Schedule
+from training.data.tar_streams import StreamedViews
 from training.objective import Objective, WholeBatchObjective, total_loss
 from training.schedules import cosine
+from training.sharding import is_sharded, load_whole_weights
 
 WEIGHTS = "objective.safetensors"
 PARTS = "parts"  # the key of a batch that comes in micro-batches
@@ -78,7 +82,7 @@ class ObjectiveTrainer(Trainer):
         self.layer_decay = layer_decay
         super().__init__(
             model=objective,
-            args=training_arguments(schedule, folder / "checkpoints", isinstance(objective, WholeBatchObjective)),
+            args=training_arguments(schedule, folder / "checkpoints", objective),
             train_dataset=train,
             eval_dataset=held_out,
             data_collator=_collator(objective, schedule),
@@ -88,6 +92,14 @@ class ObjectiveTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Of a stream each rank reads its own share, and goes on where it stood without reading what came before."""
+        if not isinstance(self.train_dataset, StreamedViews):
+            return super().get_train_dataloader()
+        self.args.ignore_data_skip = True
+        size, workers = self.args.per_device_train_batch_size, self.args.dataloader_num_workers
+        return DataLoader(self.train_dataset, size, collate_fn=self.data_collator, num_workers=workers)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a group for each rate, with and without weight decay.
@@ -159,11 +171,19 @@ class ObjectiveTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+        if state_dict is None:
+            save_model(self.accelerator.unwrap_model(self.model), str(folder / WEIGHTS))
+        else:  # FSDP's, gathered: tied weights stand in it twice
+            once = dict.fromkeys(name for name, _ in chain(self.model.named_parameters(), self.model.named_buffers()))
+            save_file({name: state_dict[name].contiguous() for name in once if name in state_dict}, folder / WEIGHTS)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model(model or self.model, str(Path(resume_from_checkpoint) / WEIGHTS), strict=True)
+        model, weights = model or self.model, Path(resume_from_checkpoint) / WEIGHTS
+        if is_sharded(model):
+            load_whole_weights(model, load_file(weights))
+        else:
+            load_model(model, str(weights), strict=True)
 
 
 def _collator(objective: Objective, schedule: Schedule) -> Callable[[Sequence[Any]], Mapping[str, Any]]:
@@ -237,18 +257,27 @@ def train(
         compile_layers(objective)
     trainer = ObjectiveTrainer(objective, schedule, folder, train_set, held_out, layer_decay)
     checkpoints = folder / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if newest and isinstance(train_set, StreamedViews):
+        state = TrainerState.load_from_json(str(Path(newest) / TRAINER_STATE_NAME))
+        train_set.go_on_after(state.global_step * schedule.batch_size * schedule.accumulation)
+    trainer.train(resume_from_checkpoint=newest)
     return trainer.evaluate()
 
 
-def training_arguments(schedule: Schedule, checkpoints: Path, whole_batch: bool) -> TrainingArguments:
-    """What `schedule` says, in transformers' words; with `whole_batch` the step itself splits its samples."""
+def loader_batch(schedule: Schedule, objective: Objective) -> int:
+    """Samples that come at once: all of a step where the step itself splits them, else one micro-batch."""
+    return schedule.batch_size * (schedule.accumulation if isinstance(objective, WholeBatchObjective) else 1)
+
+
+def training_arguments(schedule: Schedule, checkpoints: Path, objective: Objective) -> TrainingArguments:
+    """What `schedule` says, in transformers' words."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_size * (schedule.accumulation if whole_batch else 1),
+        per_device_train_batch_size=loader_batch(schedule, objective),
         per_device_eval_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=1 if whole_batch else schedule.accumulation,
+        gradient_accumulation_steps=1 if isinstance(objective, WholeBatchObjective) else schedule.accumulation,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": schedule.final_rate},

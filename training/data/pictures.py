@@ -20,6 +20,14 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of a picture and the words for what stands there."""
+
+    box: tuple[float, float, float, float]  # left, top, right, bottom, as shares of width and height
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Picture:
     """A decoded picture and what is said of it, whatever format it came from."""
 
@@ -29,6 +37,7 @@ class Picture:
     label: str | None = None
     also_true: tuple[str, ...] = ()  # texts that are true of it and not taught here: no picture is told they are false
     whole: bool = False  # its texts are true of the whole picture only: no crop, no mirror
+    regions: tuple[Region, ...] = ()  # parts of it that have words of their own; only where it is `whole`
 
 
 class PictureSet(Protocol):

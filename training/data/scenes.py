@@ -9,9 +9,10 @@ from random import Random
 
 from PIL import Image
 
+from training.data.pictures import Region
 from training.data.scene_captions import describe
 from training.data.scene_drawing import draw
-from training.data.scene_facts import KIND_WEIGHTS, SCENE_KINDS, SceneKind, decide
+from training.data.scene_facts import KIND_WEIGHTS, SCENE_KINDS, Item, SceneKind, decide
 from training.data.scene_questions import ask
 from training.data.scene_statements import state
 from training.data.scene_wording import Question
@@ -27,7 +28,8 @@ LARGEST_SIDE = 2048
 class Scene:
     """One picture (RGB, side x side) with two captions and four to eight questions about it.
 
-    `statements` are short texts of one fact each, a tuple for each sort of fact; see `scene_statements`.
+    `statements` are short texts of one fact each, a tuple for each sort of fact; see `scene_statements`. `regions` are
+    the boxes of its objects with their shape and colour.
     """
 
     seed: int
@@ -36,6 +38,7 @@ class Scene:
     captions: tuple[str, ...]
     questions: tuple[Question, ...]
     statements: tuple[tuple[str, ...], ...]
+    regions: tuple[Region, ...]
 
 
 def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Scene:
@@ -61,4 +64,11 @@ def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Sce
     drawn_kind = random.choices(SCENE_KINDS, [KIND_WEIGHTS[name] for name in SCENE_KINDS])[0]
     facts = decide(kind or drawn_kind, random)
     captions, questions = describe(facts, random), ask(facts, random)
-    return Scene(seed, facts.kind, draw(facts, side, random), captions, questions, state(facts))
+    image = draw(facts, side, random)
+    return Scene(seed, facts.kind, image, captions, questions, state(facts), tuple(map(_region_of, facts.items)))
+
+
+def _region_of(item: Item) -> Region:
+    """The box of an object, without the small tilt, and its two words."""
+    half = item.diameter / 2
+    return Region((item.x - half, item.y - half, item.x + half, item.y + half), (item.shape, item.colour))

@@ -8,7 +8,7 @@ from random import Random
 
 from training.config import PictureSource
 from training.data.caption_files import CaptionedPictures
-from training.data.catalogue import EncodedPictures, texts_of
+from training.data.catalogue import EncodedPictures, stamp_of, texts_of
 from training.data.decoding import DecodedSet
 from training.data.folders import FolderPictures
 from training.data.hub_datasets import TablePictures
@@ -44,13 +44,26 @@ def open_encoded(source: PictureSource, data_folder: Callable[[], Path]) -> tupl
         file = _located(source.captions, data_folder)
         return f"caption file {file}", CaptionedPictures(file)
     if source.tars is not None:
-        return f"tars {source.tars}", TarPictures(expand_tars(str(_located(source.tars, data_folder))))
+        return f"tars {source.tars}", TarPictures(tars_of(source, data_folder))
     if source.dataset is not None:
         local = source.dataset.startswith(("/", "~", "."))
         place = _located(source.dataset, data_folder) if local else source.dataset
         columns = (source.image_column, source.text_column, source.label_column)
         return f"dataset {source.dataset}", TablePictures(place, source.split, *columns)
     raise ValueError("a source of scenes has no encoded pictures")
+
+
+def name_and_stamp(source: PictureSource, data_folder: Callable[[], Path]) -> tuple[str, str]:
+    """What errors call `source`, and the names, sizes and times of its files. Raises DataError when one is missing."""
+    if source.stream:
+        return f"tars {source.tars}", stamp_of(tars_of(source, data_folder))
+    name, encoded = open_encoded(source, data_folder)
+    return name, encoded.stamp()
+
+
+def tars_of(source: PictureSource, data_folder: Callable[[], Path]) -> list[Path]:
+    """The tars of a source of tars, in order. Raises DataError when one is missing."""
+    return expand_tars(str(_located(str(source.tars), data_folder)))
 
 
 def _located(path: str, data_folder: Callable[[], Path]) -> Path:
@@ -77,7 +90,7 @@ class ScenePictures:
         true: tuple[str, ...] = ()
         if self.use == "statements":
             texts, true = _stated(scene), (*scene.captions, *chain.from_iterable(scene.statements))
-        return Picture(f"scene {scene.seed}", pixels_of(scene.image), texts, scene.kind, true, whole=True)
+        return Picture(f"scene {scene.seed}", pixels_of(scene.image), texts, scene.kind, true, True, scene.regions)
 
 
 def _stated(scene: Scene) -> tuple[str]:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class TarStream(IterableDataset[Picture]):
         self._used = int(state["samples"])
 
     def __iter__(self) -> Iterator[Picture]:
+        return (picture for _, _, picture in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, int, Picture]]:
+        """The pictures, each with its reader and its place among that one's: the same two numbers on every run."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         # A loader asks worker 0 first, so on a resumed run that one takes the part of the worker whose turn it was.
@@ -80,9 +84,10 @@ class TarStream(IterableDataset[Picture]):
                 f"{len(self.tars)} tars cannot be shared among {readers} readers ({self.ranks} ranks x {workers} "
                 "workers); cut the data into more tars, or take fewer workers"
             )
-        for picture in self._pictures(reader, readers, self._used_by(number, workers)):
+        first = self._used_by(number, workers)
+        for place, picture in enumerate(self._pictures(reader, readers, first), start=first):
             self._used += 1
-            yield picture
+            yield reader, place, picture
 
     def _used_by(self, number: int, workers: int) -> int:
         """How many of the rank's used samples came from worker `number`: whole batches, turn by turn."""
@@ -171,6 +176,21 @@ class TarStream(IterableDataset[Picture]):
             raise DataError(f"no sample of {', '.join(map(str, tars[:3]))} has a picture with {self.use}")
         for place in generator.permutation(len(kept)):
             yield kept[place]
+
+
+class StreamedViews(IterableDataset[Any]):
+    """The views that an objective makes of the pictures of a stream; all chance comes from a picture's place."""
+
+    def __init__(self, pictures: TarStream, make: Callable[[Picture, np.random.Generator], Any]) -> None:
+        self.pictures, self.make = pictures, make
+
+    def __iter__(self) -> Iterator[Any]:
+        for reader, place, picture in self.pictures.numbered():
+            yield self.make(picture, np.random.default_rng([self.pictures.seed, 2, reader, place]))
+
+    def go_on_after(self, samples: int) -> None:
+        """Begin behind the first `samples` of this rank."""
+        self.pictures.load_state_dict({**self.pictures.state_dict(), "samples": samples})
 
 
 def _is_file(tar: Path) -> bool:

@@ -28,7 +28,7 @@ from training.evaluation.zero_shot import (
     who_says_what,
     zero_shot_labels,
 )
-from training.recipe import file_hash
+from training.hashing import file_hash
 
 FeatureKind = Literal["pooled", "patches", "both"]
 RECALLS = (1, 5, 10)

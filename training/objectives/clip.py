@@ -1,11 +1,9 @@
 """Contrastive pretraining with a softmax: each picture finds its text among all, and each text its picture."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
 from assistant.tower_shapes import LEGACY_END_ID
@@ -19,7 +17,6 @@ from training.picture_text import (
 )
 
 LARGEST_SCALE = 100.0  # section 2.5 of the paper: above it training was not stable
-LENGTH_MULTIPLE = 16  # tokens; each new length of a batch costs a CPU some kernel preparation
 
 
 class Settings(PictureTextSettings):
@@ -42,20 +39,6 @@ class ClipObjective(PictureTextObjective):
             representations["identity"],
         )
         return {"clip_loss": loss, **self.facts(representations)}
-
-    def text_ids(self, texts: Sequence[str]) -> Tensor:
-        """(B, T) ids, T the longest of them, rounded up to 16: CLIP looks back only, so padding is nothing to it."""
-        encoded = self.tokenizer(
-            list(texts),
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            max_length=self.text_length,
-            return_tensors="pt",
-        )
-        ids = encoded["input_ids"]
-        length = min(ids.shape[1] + -ids.shape[1] % LENGTH_MULTIPLE, self.text_length)
-        return functional.pad(ids, (0, length - ids.shape[1]), value=self.tokenizer.pad_token_id)
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:

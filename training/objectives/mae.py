@@ -13,7 +13,7 @@ from torch.nn import functional
 from assistant.towers import Tower
 from training.data.augment import mirror, random_crop
 from training.data.pictures import Picture
-from training.objective import Objective, Start, TrainsTower, given_tower, mask_token_names
+from training.objective import Objective, Start, TrainsTower, check_side, given_tower, mask_token_names
 from training.picture_decoder import PictureDecoder, others, patchify, take, unpatchify
 from training.strict import Strict
 
@@ -57,11 +57,7 @@ class MaeObjective(TrainsTower, Objective):
                 "mae hides patches before the first layer, and this tower has no patch tokens (it is a ResNet): "
                 "take a clip, siglip, dinov2 or vit tower, or pretrain this one with simclr or moco"
             )
-        if side % tower.patch_size:
-            raise ValueError(
-                f"a view of {side} pixels does not divide into patches of {tower.patch_size}: "
-                f"take a multiple, such as side: {max(1, side // tower.patch_size) * tower.patch_size}"
-            )
+        check_side(tower, side)
         self.tower = tower
         self.side = side
         self.settings = settings

@@ -14,7 +14,7 @@ from training.data.augment import byol_views
 from training.data.pictures import Picture
 from training.gather import gather, rank, ranks
 from training.heads import mlp_head
-from training.objective import Start, TrainsTower, WholeBatchObjective, given_tower, mask_token_names
+from training.objective import Start, TrainsTower, WholeBatchObjective, check_side, given_tower, mask_token_names
 from training.schedules import cosine
 from training.self_distillation import Area, patch_embedding_names, spread
 from training.strict import Strict
@@ -45,8 +45,7 @@ class MocoObjective(TrainsTower, WholeBatchObjective):
     def __init__(self, tower: Tower, side: int, settings: Settings) -> None:
         """`side`: pixels of a view. Raises ValueError when the tower's patches do not divide it."""
         super().__init__()
-        if tower.has_patch_tokens and side % tower.patch_size:
-            raise ValueError(f"side: a view of {side} pixels does not divide into patches of {tower.patch_size}")
+        check_side(tower, side)
         self.settings = settings
         self.side = side
         self.tower = tower

@@ -1,7 +1,6 @@
 """Contrastive pretraining with the sigmoid loss: a picture and its own text agree, all other pairs do not."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -42,18 +41,6 @@ class SiglipObjective(PictureTextObjective):
             representations["true"],
         )
         return {"sigmoid_loss": loss, **self.facts(representations), "bias": self.model.logit_bias.detach()}
-
-    def text_ids(self, texts: Sequence[str]) -> Tensor:
-        """(B, T) ids, always of the full length: SigLIP reads the padding too, and pools at the last place."""
-        encoded = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            max_length=self.text_length,
-            return_tensors="pt",
-        )
-        return encoded["input_ids"]
 
 
 def build(settings: Settings, start: Start) -> SiglipObjective:

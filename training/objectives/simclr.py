@@ -15,7 +15,7 @@ from training.contrastive_losses import nt_xent_loss
 from training.data.augment import simclr_view
 from training.data.pictures import Picture
 from training.heads import mlp_head
-from training.objective import Start, TrainsTower, WholeBatchObjective, given_tower, mask_token_names
+from training.objective import Start, TrainsTower, WholeBatchObjective, check_side, given_tower, mask_token_names
 from training.strict import Strict
 
 
@@ -41,8 +41,7 @@ class SimclrObjective(TrainsTower, WholeBatchObjective):
     def __init__(self, tower: Tower, side: int, settings: Settings) -> None:
         """`side`: pixels of a view. Raises ValueError when the tower's patches do not divide it."""
         super().__init__()
-        if side < tower.patch_size or (tower.has_patch_tokens and side % tower.patch_size):
-            raise ValueError(f"side: a view of {side} pixels does not divide into patches of {tower.patch_size}")
+        check_side(tower, side)
         self.settings = settings
         self.side = side
         self.tower = tower

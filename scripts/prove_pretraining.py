@@ -1,0 +1,143 @@
+"""Trains every objective from nothing in one equal budget and measures the towers: the table of docs/pretraining.md.
+
+Takes the shards of `--data`; a run that was stopped goes on when it is called again.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from training.config import TowerStage
+from training.data.pictures import DataError
+from training.evaluation.tower_report import Wanted, measure_tower
+from training.recipe import run_stage
+from training.stages import Workshop, build_tower_objective
+
+TOKENIZER = Path("assistant/joey")
+BACKBONE = {"width": 192, "layers": 6, "heads": 3, "patch": 12, "image_side": 96}
+CROPS = {"small_side": 48, "small_count": 4, "prototypes": 2048, "head_hidden": 512, "bottleneck": 128}
+# Each objective with its settings, the family of its tower, and its learning rate: the rest is the same for all.
+PLANS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "clip": ({"start_temperature": 14.3}, "clip", 1e-3),
+    "siglip": ({"start_temperature": 10, "start_bias": -10}, "siglip", 1e-3),
+    "simclr": ({"temperature": 0.2, "head_hidden": 512}, "vit", 1e-3),
+    "moco": ({"head_hidden": 512, "projection": 128}, "vit", 1e-3),
+    "mae": ({"decoder_width": 128, "decoder_layers": 2, "decoder_heads": 4}, "vit", 1e-3),
+    "dino": (CROPS, "vit", 5e-4),
+    "dinov2": (CROPS, "dinov2", 5e-4),
+}
+READERS = ("clip", "siglip")
+SHARDS = ("flickr8k-train", "coco-train")
+WANTED = Wanted("caltech101-train", "caltech101-test", features="both")
+PAIRS = "flickr8k-validation"
+COLUMNS = (
+    ("kNN", "pooled"),
+    ("kNN", "patches"),
+    ("linear probe", "pooled"),
+    ("linear probe", "patches"),
+    ("zero-shot", "shared"),
+    ("picture to text R@10", "shared"),
+    ("text to picture R@10", "shared"),
+)
+
+
+def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
+    """The stage that trains `name` on so many pictures, `batch` at a time."""
+    settings, family, rate = PLANS[name]
+    reads = name in READERS
+    return TowerStage.model_validate(
+        {
+            "kind": "tower",
+            "name": name,
+            "objective": name,
+            "settings": settings,
+            "backbone": {"family": family, **BACKBONE},
+            "text": {"layers": 3, "length": 24} if reads else None,
+            "tokenizer": str(TOKENIZER) if reads else None,
+            "side": BACKBONE["image_side"],
+            "attention": "eager",
+            "mixture": [{"shard": s, "use": "captions" if reads else "pictures", "weight": 1} for s in SHARDS],
+            "held_out_samples": 2 * batch,
+            "schedule": {
+                "steps": pictures // batch,
+                "batch_size": batch,
+                "learning_rate": rate,
+                "warmup_steps": pictures // batch // 10,
+                "weight_decay": 0.05,
+                "evaluate_every": pictures // batch,
+                "log_every": 20,
+            },
+        }
+    )
+
+
+def untrained(name: str, workshop: Workshop) -> None:
+    """Write the tower of `name` as it is before its first step, where a finished stage leaves its own."""
+    folder = workshop.runs / f"untrained-{name}" / "output"
+    if not folder.is_dir():
+        build_tower_objective(stage_of(name, 128, 2), workshop).export(folder)
+
+
+def row_of(name: str, workshop: Workshop, steps: int) -> dict[str, Any]:
+    """What the table says of the finished tower called `name`."""
+    folder = workshop.runs / name
+    reads = name.removeprefix("untrained-") in READERS
+    wanted = Wanted(WANTED.train, WANTED.test, PAIRS if reads else None, WANTED.features)
+    report = measure_tower(folder / "output", wanted, workshop.data_folder())
+    scores = {(score["measure"], score["features"]): 100 * score["right"] for score in report["scores"]}
+    return {
+        "objective": name,
+        "steps": steps,
+        "samples_per_second": speed_of(folder / "log.jsonl"),
+        "scores": [scores.get(column) for column in COLUMNS],
+    }
+
+
+def speed_of(log: Path) -> float | None:
+    """Pictures a second over the whole training, as the trainer logged it; None for a tower that was not trained."""
+    if not log.is_file():
+        return None
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return next((float(line["train_samples_per_second"]) for line in lines if "train_samples_per_second" in line), None)
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """A row of the page's table: kNN, probe (pooled and mean of patches), zero-shot, R@10 both ways."""
+    speed = row["samples_per_second"]
+    figures = ["-" if score is None else f"{score:.1f}" for score in row["scores"]]
+    return " | ".join(
+        ["", row["objective"], str(row["steps"]), "-" if speed is None else f"{speed:.0f}", *figures, ""]
+    ).strip()
+
+
+def main(
+    data: Annotated[Path, typer.Option(envvar="KANGAROO_DATA", help="Folder of the picture shards.", exists=True)],
+    runs: Annotated[Path, typer.Option(help="Where towers and checkpoints go.")] = Path("runs/proof"),
+    pictures: Annotated[int, typer.Option(min=256, help="Pictures that each objective sees.")] = 60_000,
+    batch: Annotated[int, typer.Option(min=2, help="Pictures a step.")] = 128,
+    only: Annotated[list[str] | None, typer.Option(help="Only these objectives.")] = None,
+) -> None:
+    """Train, measure, and print the rows of the table; each is also kept in RUNS/rows.jsonl."""
+    workshop = Workshop(runs, data)
+    names = only or list(PLANS)
+    unknown = set(names) - set(PLANS)
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", param_hint="--only")
+    try:
+        for name in names:
+            untrained(name, workshop)
+            run_stage(stage_of(name, pictures, batch), workshop)
+            for measured, steps in ((f"untrained-{name}", 0), (name, pictures // batch)):
+                row = row_of(measured, workshop, steps)
+                with (runs / "rows.jsonl").open("a") as sink:
+                    sink.write(json.dumps(row) + "\n")
+                Console().print(table_line(row), markup=False)
+    except DataError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,186 @@
+"""Pretraining by naming: patches name the words that were said of their picture, and of their region of it.
+
+Far fewer pictures are needed than by contrast alone: a picture is compared with every word there is, not with the
+few texts of its batch, and a region says where a thing stands.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SiglipModel
+
+from assistant.fusion import FEATURE_LAYER
+from training.data.pictures import Picture, Region
+from training.gather import ranks, sum_over_ranks
+from training.objective import Start
+from training.objectives import siglip
+from training.picture_text import CaptionedView
+
+MOST_WORDS = 128  # different tokens of what is said of a picture; the rest are left out
+MOST_REGIONS = 8
+MOST_REGION_WORDS = 8
+
+
+class Settings(siglip.Settings):
+    """What a recipe may say of it, beside what it may say of SigLIP."""
+
+    contrast: float = Field(1.0, ge=0, description="weight of SigLIP's own loss")
+    pictures: float = Field(1.0, ge=0, description="weight of the words of whole pictures")
+    regions: float = Field(1.0, ge=0, description="weight of the words of regions")
+
+
+@dataclass(frozen=True)
+class NamedView:
+    """A captioned view, everything that was said of its picture, and the regions that have names of their own."""
+
+    captioned: CaptionedView
+    said: tuple[str, ...]
+    regions: tuple[Region, ...]
+
+
+class WordsObjective(siglip.SiglipObjective):
+    """SuperClass (Huang et al. 2024): a softmax over the tokenizer's words, rare ones weighing more, beside SigLIP.
+
+    The features are those of the layer that a language model will look at: each patch in a region names the region's
+    words, and their mean names those of the picture.
+    """
+
+    def __init__(
+        self,
+        model: SiglipModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+        side: int,
+        settings: Settings,
+    ) -> None:
+        """`side`: pixels of a view. Raises ValueError where the parts misfit."""
+        super().__init__(model, tokenizer, image_processor, side, settings.smallest_crop)
+        self.settings = settings
+        self.names = nn.Linear(model.config.vision_config.hidden_size, len(tokenizer))
+        self.counts: Tensor
+        self.pending: Tensor
+        self.register_buffer("counts", torch.zeros(len(tokenizer) + 1))  # the last place counts pictures
+        self.register_buffer("pending", torch.zeros(len(tokenizer) + 1), persistent=False)
+
+    def sample(self, picture: Picture, generator: np.random.Generator) -> Any:
+        """The view that SigLIP would take, with all words of the picture. One with regions is never cropped."""
+        if picture.regions and not picture.whole:
+            raise ValueError(f"{picture.name} has regions and may be cropped; regions are told of whole pictures")
+        captioned = super().sample(picture, generator)
+        return NamedView(captioned, (*picture.texts, *picture.also_true), picture.regions)
+
+    def collate(self, samples: Sequence[Any]) -> Mapping[str, Tensor]:
+        """SigLIP's batch and `said` (B, W), ids of words; `region_of` (B, N), which region a patch is in; `region_said`
+        (B, R, V), ids of the regions' words. Where there is none stands -1."""
+        grid = self.tower.grid(self.side, self.side)
+        region_of = torch.full((len(samples), grid[0] * grid[1]), -1)
+        region_said = torch.full((len(samples), MOST_REGIONS, MOST_REGION_WORDS), -1)
+        for row, sample in enumerate(samples):
+            for number, region in enumerate(sample.regions[:MOST_REGIONS]):
+                region_of[row, patches_in(region, grid)] = number
+                region_said[row, number] = self._ids(region.words, MOST_REGION_WORDS)
+        said = torch.stack([self._ids(sample.said, MOST_WORDS) for sample in samples])
+        captioned = super().collate([sample.captioned for sample in samples])
+        return {**captioned, "said": said, "region_of": region_of, "region_said": region_said}
+
+    def _ids(self, texts: Sequence[str], most: int) -> Tensor:
+        """(most,) different ids of the words of `texts`, in their order, then -1."""
+        if not texts:
+            return torch.full((most,), -1)
+        read = self.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=most)["input_ids"]
+        different = list(dict.fromkeys(chain.from_iterable(read)))[:most]
+        return torch.tensor(different + [-1] * (most - len(different)))
+
+    def represent(self, **batch: Any) -> dict[str, Tensor]:
+        """SigLIP's representations, the patches' features (b, N, D) and their mean (b, D)."""
+        pixels = self.tower.normalise(batch["views"])
+        seen = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+        texts = self.model.get_text_features(input_ids=batch["text_ids"]).pooler_output
+        patches = seen.hidden_states[FEATURE_LAYER].float()
+        patches = functional.layer_norm(patches, patches.shape[-1:])
+        return {
+            "pictures": functional.normalize(seen.pooler_output.float(), dim=-1),
+            "texts": functional.normalize(texts.float(), dim=-1),
+            "whole": patches.mean(1),
+            "patches": patches,
+            **{name: batch[name] for name in ("identity", "true", "said", "region_of", "region_said")},
+        }
+
+    def compare(self, representations: dict[str, Tensor]) -> dict[str, Tensor]:
+        """SigLIP's loss, the words' and the regions', each times its weight, and facts for the log."""
+        said, region_of = representations["said"], representations["region_of"]
+        told, named = (said >= 0).any(-1), region_of >= 0
+        rows = torch.arange(len(said), device=said.device)[:, None].expand_as(region_of)
+        region_said = representations["region_said"][rows[named], region_of[named]]
+        if self.training:
+            self._count(said)
+        weights = self._weights()
+        values = super().compare(representations)
+        values["sigmoid_loss"] = self.settings.contrast * values["sigmoid_loss"]
+        whole, patches = self.names(representations["whole"][told]), self.names(representations["patches"][named])
+        values["words_loss"] = self.settings.pictures * naming_loss(whole, said[told], weights)
+        values["regions_loss"] = self.settings.regions * naming_loss(patches, region_said, weights)
+        return {**values, "regions_named": share_named(patches.detach(), region_said)}
+
+    def _count(self, said: Tensor) -> None:
+        """Note in how many pictures each word was said."""
+        ids = said[said >= 0]
+        self.pending.index_add_(0, ids, torch.ones_like(ids, dtype=self.pending.dtype))
+        self.pending[-1] += len(said)
+
+    def _weights(self) -> Tensor:
+        """(V,) how much each word tells: the log of pictures by pictures with it (SuperClass's online IDF)."""
+        return torch.log((self.counts[-1] + 1) / (self.counts[:-1] + 1)).clamp_min(0.0) + 1e-3
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Let the words of this step, on all ranks, weigh from the next one on."""
+        self.counts += sum_over_ranks(self.pending)
+        self.pending.zero_()
+
+
+def patches_in(region: Region, grid: tuple[int, int]) -> Tensor:
+    """(N,) bool: the patches whose centres lie in `region`, or the one nearest to its own centre where none does."""
+    rows, columns = grid
+    down, across = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
+    left, top, right, bottom = region.box
+    inside = ((down >= top) & (down <= bottom))[:, None] & ((across >= left) & (across <= right))[None]
+    if not inside.any():
+        away = (down - (top + bottom) / 2)[:, None] ** 2 + (across - (left + right) / 2)[None] ** 2
+        inside = away == away.min()
+    return inside.flatten()
+
+
+def share_named(logits: Tensor, said: Tensor) -> Tensor:
+    """Of n rows, the share whose most likely words (n, V) are, in any order, all that were said (n, W) and no other."""
+    number = (said >= 0).sum(-1)
+    likeliest = logits.topk(int(number.max()) if len(number) else 1).indices
+    right = (likeliest[:, :, None] == said[:, None]).any(-1)
+    asked = torch.arange(likeliest.shape[1], device=said.device) < number[:, None]
+    return (right | ~asked).all(-1).float().sum() / max(1, len(said))
+
+
+def naming_loss(logits: Tensor, said: Tensor, weights: Tensor) -> Tensor:
+    """Mean over the rows of all ranks of the cross-entropy between a softmax over words and the words that were said.
+
+    logits (n, V); said (n, W) ids, -1 where none is; weights (V,) of the words, shared out within a row. A rank without
+    rows has loss 0. SuperClass (Huang et al. 2024), equations 1 to 4.
+    """
+    chosen = weights[said.clamp_min(0)] * (said >= 0)
+    chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(1e-12)
+    scores = logits.log_softmax(-1).gather(-1, said.clamp_min(0))
+    rows = sum_over_ranks(torch.tensor(float(len(said)), device=logits.device)) / ranks()
+    return -(chosen * scores).sum() / rows.clamp_min(1e-12)
+
+
+def build(settings: Settings, start: Start) -> WordsObjective:
+    """Naming on `start.model`. Raises ValueError when that is no SiglipModel, or a new one without a temperature."""
+    prepared = siglip.build(siglip.Settings(**settings.model_dump(include=set(siglip.Settings.model_fields))), start)
+    image_processor = prepared.tower.image_processor
+    return WordsObjective(prepared.model, prepared.tokenizer, image_processor, start.side, settings)
