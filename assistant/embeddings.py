@@ -1,5 +1,6 @@
 """The space that pictures and texts share: embed either with a CLIP or SigLIP and the processor saved beside it."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import (
 )
 
 from assistant.checkpoint import load_model
-from assistant.models import EMBEDDER, ModelError, find_tower, read_json
+from assistant.hashing import file_hash
+from assistant.models import EMBEDDER, PROCESSOR_FILES, ModelError, find_tower, read_json
 from assistant.towers import Tower
 
 TEXTS_AT_ONCE = 256
@@ -38,8 +40,14 @@ class Embedder:
     """
 
     def __init__(
-        self, model: CLIPModel | SiglipModel, image_processor: BaseImageProcessor, tokenizer: PreTrainedTokenizerBase
+        self,
+        model: CLIPModel | SiglipModel,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        key: str,
     ) -> None:
+        """`key` is another one for other weights or another image processor: what was embedded is kept under it."""
+        self.key = key
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tower = Tower(model.vision_model, image_processor).eval()  # the same weights
@@ -120,4 +128,11 @@ def load_embedder(source: str | Path) -> Embedder:
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the processor cannot be read: {str(error).splitlines()[0]}") from error
-    return Embedder(model, image_processor, tokenizer)
+    return Embedder(model, image_processor, tokenizer, tower_key(folder))
+
+
+def tower_key(folder: Path) -> str:
+    """sha256 over the weights and the settings of the image processor in `folder`: all that an embedding hangs on."""
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
+    files += [folder / name for name in (*PROCESSOR_FILES, "config.json") if (folder / name).is_file()]
+    return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()

@@ -74,17 +74,20 @@ def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
     )
 
 
-def untrained(name: str, workshop: Workshop) -> None:
-    """Write the tower of `name` as it is before its first step, where a finished stage leaves its own."""
-    folder = workshop.runs / f"untrained-{name}" / "output"
+def untrained(family: str, workshop: Workshop) -> str:
+    """Write a tower of `family` as it is before its first step, where a finished stage leaves its own; its name."""
+    name = f"untrained {family}"
+    objective = next(objective for objective, plan in PLANS.items() if plan[1] == family)
+    folder = workshop.runs / name / "output"
     if not folder.is_dir():
-        build_tower_objective(stage_of(name, 128, 2), workshop).export(folder)
+        build_tower_objective(stage_of(objective, 128, 2), workshop).export(folder)
+    return name
 
 
 def row_of(name: str, workshop: Workshop, steps: int) -> dict[str, Any]:
     """What the table says of the finished tower called `name`."""
     folder = workshop.runs / name
-    reads = name.removeprefix("untrained-") in READERS
+    reads = name.removeprefix("untrained ") in READERS
     wanted = Wanted(WANTED.train, WANTED.test, PAIRS if reads else None, WANTED.features)
     report = measure_tower(folder / "output", wanted, workshop.data_folder())
     scores = {(score["measure"], score["features"]): 100 * score["right"] for score in report["scores"]}
@@ -106,11 +109,16 @@ def speed_of(log: Path) -> float | None:
 
 def table_line(row: dict[str, Any]) -> str:
     """A row of the page's table: kNN, probe (pooled and mean of patches), zero-shot, R@10 both ways."""
-    speed = row["samples_per_second"]
+    speed = "-" if row["samples_per_second"] is None else f"{row['samples_per_second']:.0f}"
     figures = ["-" if score is None else f"{score:.1f}" for score in row["scores"]]
-    return " | ".join(
-        ["", row["objective"], str(row["steps"]), "-" if speed is None else f"{speed:.0f}", *figures, ""]
-    ).strip()
+    return f"| {' | '.join([row['objective'], str(row['steps']), speed, *figures])} |"
+
+
+def tell(row: dict[str, Any], runs: Path) -> None:
+    """Print a row and keep it in RUNS/rows.jsonl."""
+    with (runs / "rows.jsonl").open("a") as sink:
+        sink.write(json.dumps(row) + "\n")
+    Console(width=200).print(table_line(row), markup=False)
 
 
 def main(
@@ -127,14 +135,13 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", param_hint="--only")
     try:
+        for family in sorted({PLANS[name][1] for name in names}):
+            tell(row_of(untrained(family, workshop), workshop, 0), runs)
+        for family in sorted({PLANS[name][1] for name in names}):
+            tell(row_of(untrained(family, workshop), workshop, 0), runs)
         for name in names:
-            untrained(name, workshop)
             run_stage(stage_of(name, pictures, batch), workshop)
-            for measured, steps in ((f"untrained-{name}", 0), (name, pictures // batch)):
-                row = row_of(measured, workshop, steps)
-                with (runs / "rows.jsonl").open("a") as sink:
-                    sink.write(json.dumps(row) + "\n")
-                Console().print(table_line(row), markup=False)
+            tell(row_of(name, workshop, pictures // batch), runs)
     except DataError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
 

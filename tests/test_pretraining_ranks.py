@@ -16,10 +16,17 @@ from training.config import TowerStage
 RANKS = 2
 
 
-def deterministic(name: str, **schedule: Any) -> TowerStage:
-    """The tiny stage of `name` without stochastic depth, whose dropped paths would differ from rank to rank."""
+def deterministic(name: str, settings: dict[str, Any] | None = None, **schedule: Any) -> TowerStage:
+    """The tiny stage of `name` without stochastic depth, whose dropped paths would differ from rank to rank.
+
+    `settings` change the objective's own.
+    """
     backbone = CASES[name][1] | ({"drop_path": 0.0} if name == "dinov2" else {})
-    return stage_of(name, backbone=backbone, schedule={"steps": 1, **schedule})
+    said = CASES[name][0] | (settings or {})
+    return stage_of(name, backbone=backbone, settings=said, schedule={"steps": 1, **schedule})
+
+
+FROZEN = {"frozen_prototypes": 1.0}
 
 
 def train_as(rank: int, runs: Path, port: int, plans: list[tuple[str, str, dict[str, Any]]]) -> None:
@@ -27,8 +34,8 @@ def train_as(rank: int, runs: Path, port: int, plans: list[tuple[str, str, dict[
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    for title, name, schedule in plans:
-        gradients = gradients_of_a_step(deterministic(name, **schedule), runs, runs / f"{title}-{rank}")
+    for title, name, changes in plans:
+        gradients = gradients_of_a_step(deterministic(name, **changes), runs, runs / f"{title}-{rank}")
         if rank == 0:
             torch.save(gradients, runs / f"{title}.pt")
 
@@ -38,8 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the first gradients of each objective on two ranks, at once and accumulated."""
     folder = tmp_path_factory.mktemp("ranks")
     make_tiny_tokenizer(tmp_path_factory.mktemp("words")).save_pretrained(folder / "tokenizer" / "output")
-    plans = [(f"{name}-at-once", name, {"batch_size": 4}) for name in CASES]
+    plans: list[tuple[str, str, dict[str, Any]]] = [(f"{name}-at-once", name, {"batch_size": 4}) for name in CASES]
     plans += [(f"{name}-in-parts", name, {"batch_size": 2, "accumulation": 2}) for name in CASES]
+    plans += [("frozen", "dino", {"batch_size": 4, "settings": FROZEN})]
     multiprocessing.spawn(train_as, (folder, free_port(), plans), nprocs=RANKS)
     return folder
 
@@ -53,3 +61,12 @@ def test_two_ranks_have_the_gradient_of_one_process(name: str, how: str, runs: P
     assert whole.keys() == ranks.keys()
     for key, gradient in whole.items():
         assert torch.allclose(ranks[key], gradient, rtol=1e-3, atol=2e-6), key
+
+
+def test_frozen_prototypes_stay_behind_on_two_ranks(runs: Path, tmp_path: Path) -> None:
+    """While they are frozen the optimiser gets no gradient of the prototypes, and all others as in one process."""
+    whole = gradients_of_a_step(deterministic("dino", FROZEN), runs, tmp_path)
+    ranks = torch.load(runs / "frozen.pt")
+    assert whole.keys() == ranks.keys()
+    assert "head.prototypes" not in ranks
+    assert "head.prototypes" in torch.load(runs / "dino-at-once.pt")

@@ -41,6 +41,7 @@ from typer.testing import CliRunner
 
 from assistant.embeddings import load_embedder
 from assistant.models import ModelError
+from assistant.naming import label_embeddings, label_prompts
 from assistant.tower_shapes import ResNetShape, clip_tokenizer
 from assistant.towers import new_tower
 from training.data.pictures import DataError
@@ -52,8 +53,6 @@ from training.evaluation.scores import score_labels, wilson_interval
 from training.evaluation.tower_report import Wanted, measure_tower
 from training.evaluation.zero_shot import (
     chance_recall,
-    label_embeddings,
-    label_prompts,
     ranks,
     recall,
     who_says_what,

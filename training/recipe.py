@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from assistant.checkpoint import convert_weights, copy_model
+from assistant.hashing import file_hash
 from assistant.models import EMBEDDER
 from training.config import (
     InstructStage,
@@ -24,7 +25,6 @@ from training.config import (
 )
 from training.data.pictures import shard_files
 from training.data.sources import name_and_stamp
-from training.hashing import file_hash
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
 
 DONE = "done.json"

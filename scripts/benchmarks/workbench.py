@@ -162,7 +162,7 @@ class Workbench:
         self, trained: Iterable[nn.Module], forward: Callable[[], Tensor | tuple[Tensor, Tensor]], after: Any = None
     ) -> Step:
         """The peer's step: the same optimiser class and settings for what of `trained` moves."""
-        arguments = training_arguments(self.schedule, self.folder, whole_batch=False)
+        arguments = training_arguments(self.schedule, self.folder, Objective())
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         moving = [p for module in trained for p in module.train().parameters() if p.requires_grad]
         optimiser = kind(moving, weight_decay=arguments.weight_decay, **settings)

@@ -1,13 +1,10 @@
 """Read a folder of pictures, in sub-folders that name their labels where there are any."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
+from assistant.picture_files import PICTURE_SUFFIXES, pictures_below
 from training.data.catalogue import Catalogue, stamp_of
 from training.data.pictures import DataError
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
 class FolderPictures:
@@ -20,7 +17,7 @@ class FolderPictures:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder}; name a folder of pictures")
-        self.files = sorted(_pictures_below(folder))
+        self.files = sorted(pictures_below(folder))
         if not self.files:
             raise DataError(f"no picture ({', '.join(PICTURE_SUFFIXES)}) in the folder {folder} or below it")
         labels = [None if file.parent == folder else file.parent.name for file in self.files]
@@ -33,11 +30,3 @@ class FolderPictures:
     def stamp(self) -> str:
         """Names, sizes and times of all files."""
         return stamp_of(self.files)
-
-
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES):
-                yield Path(parent, name)

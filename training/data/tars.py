@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 
+from assistant.picture_files import PICTURE_SUFFIXES
 from training.data.catalogue import Catalogue, stamp_of
-from training.data.folders import PICTURE_SUFFIXES
 from training.data.pictures import DataError
 
 NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the key ends at the first dot

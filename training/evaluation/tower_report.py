@@ -13,22 +13,21 @@ from rich.table import Table
 from torch import Tensor
 
 from assistant.embeddings import Embedder, has_text_half, load_embedder
+from assistant.hashing import file_hash
 from assistant.models import ModelError, find_tower
+from assistant.naming import TEMPLATES, label_embeddings
 from assistant.towers import Tower, load_tower
 from training.evaluation.features import Features, compute_features
 from training.evaluation.picture_data import PictureData, check_labels, open_all
 from training.evaluation.probes import NEIGHBOURS, knn_labels, linear_probe
 from training.evaluation.scores import Score, score_labels, score_of
 from training.evaluation.zero_shot import (
-    TEMPLATES,
     chance_recall,
-    label_embeddings,
     ranks,
     recall,
     who_says_what,
     zero_shot_labels,
 )
-from training.hashing import file_hash
 
 FeatureKind = Literal["pooled", "patches", "both"]
 RECALLS = (1, 5, 10)

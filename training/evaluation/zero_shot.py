@@ -1,40 +1,11 @@
 """What the shared space of pictures and texts knows untaught: naming pictures, and finding one by the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-# The first is what training says of a label; the others keep one wording from deciding.
-TEMPLATES = (
-    "A photo of a {}.",
-    "A picture of a {}.",
-    "A close photo of a {}.",
-    "There is a {} in the picture.",
-    "A {}.",
-)
 QUERIES_AT_ONCE = 1024
-
-
-def label_prompts(label: str, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """The label in each template, underscores read as spaces. Raises ValueError for a template without `{}`."""
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} for the label")
-    return [template.replace("{}", label.replace("_", " ")) for template in templates]
-
-
-def label_embeddings(
-    embed_texts: Callable[[Sequence[str]], Tensor], labels: Sequence[str], templates: Sequence[str] = TEMPLATES
-) -> Tensor:
-    """(C, D) of unit length: for each of C labels the mean over the embeddings of its prompts.
-
-    As CLIP ensembles them (Radford et al. 2021, section 3.1.4). `embed_texts` gives unit length, (T, D) for T texts.
-    """
-    prompts = [prompt for label in labels for prompt in label_prompts(label, templates)]
-    embedded = embed_texts(prompts)
-    return functional.normalize(embedded.unflatten(0, (len(labels), len(templates))).mean(1), dim=-1)
 
 
 def zero_shot_labels(pictures: Tensor, labels: Tensor) -> Tensor:
