@@ -4,34 +4,47 @@ Takes the shards of `--data`; a run that was stopped goes on when it is called a
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers import set_seed
 
+from assistant.models import JOEY
 from training.config import TowerStage
 from training.data.pictures import DataError
 from training.evaluation.tower_report import Wanted, measure_tower
 from training.recipe import run_stage
 from training.stages import Workshop, build_tower_objective
 
-TOKENIZER = Path("assistant/joey")
 BACKBONE = {"width": 192, "layers": 6, "heads": 3, "patch": 12, "image_side": 96}
 CROPS = {"small_side": 48, "small_count": 4, "prototypes": 2048, "head_hidden": 512, "bottleneck": 128}
-# Each objective with its settings, the family of its tower, and its learning rate: the rest is the same for all.
-PLANS: dict[str, tuple[dict[str, Any], str, float]] = {
-    "clip": ({"start_temperature": 14.3}, "clip", 1e-3),
-    "siglip": ({"start_temperature": 10, "start_bias": -10}, "siglip", 1e-3),
-    "simclr": ({"temperature": 0.2, "head_hidden": 512}, "vit", 1e-3),
-    "moco": ({"head_hidden": 512, "projection": 128}, "vit", 1e-3),
-    "mae": ({"decoder_width": 128, "decoder_layers": 2, "decoder_heads": 4}, "vit", 1e-3),
-    "dino": (CROPS, "vit", 5e-4),
-    "dinov2": (CROPS, "dinov2", 5e-4),
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one row of the table trains; data, size of the tower, pictures and batch are the same for all."""
+
+    objective: str
+    settings: dict[str, Any]
+    family: str
+    rate: float
+
+
+PLANS = {
+    "clip": Plan("clip", {"start_temperature": 14.3}, "clip", 1e-3),
+    "siglip": Plan("siglip", {"start_temperature": 10, "start_bias": -10}, "siglip", 1e-3),
+    "simclr": Plan("simclr", {"temperature": 0.2, "head_hidden": 512}, "vit", 1e-3),
+    "moco": Plan("moco", {"head_hidden": 512, "projection": 128}, "vit", 1e-3),
+    "mae": Plan("mae", {}, "vit", 1e-3),
+    "mae-published-decoder": Plan("mae", {"decoder_width": 512, "decoder_layers": 8, "decoder_heads": 16}, "vit", 1e-3),
+    "dino": Plan("dino", CROPS, "vit", 5e-4),
+    "dinov2": Plan("dinov2", CROPS, "dinov2", 5e-4),
 }
 READERS = ("clip", "siglip")
 SHARDS = ("flickr8k-train", "coco-train")
-WANTED = Wanted("caltech101-train", "caltech101-test", features="both")
 PAIRS = "flickr8k-validation"
 COLUMNS = (
     ("kNN", "pooled"),
@@ -46,17 +59,17 @@ COLUMNS = (
 
 def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
     """The stage that trains `name` on so many pictures, `batch` at a time."""
-    settings, family, rate = PLANS[name]
-    reads = name in READERS
+    plan = PLANS[name]
+    reads = plan.objective in READERS
     return TowerStage.model_validate(
         {
             "kind": "tower",
             "name": name,
-            "objective": name,
-            "settings": settings,
-            "backbone": {"family": family, **BACKBONE},
+            "objective": plan.objective,
+            "settings": plan.settings,
+            "backbone": {"family": plan.family, **BACKBONE},
             "text": {"layers": 3, "length": 24} if reads else None,
-            "tokenizer": str(TOKENIZER) if reads else None,
+            "tokenizer": str(JOEY) if reads else None,
             "side": BACKBONE["image_side"],
             "attention": "eager",
             "mixture": [{"shard": s, "use": "captions" if reads else "pictures", "weight": 1} for s in SHARDS],
@@ -64,7 +77,7 @@ def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
             "schedule": {
                 "steps": pictures // batch,
                 "batch_size": batch,
-                "learning_rate": rate,
+                "learning_rate": plan.rate,
                 "warmup_steps": pictures // batch // 10,
                 "weight_decay": 0.05,
                 "evaluate_every": pictures // batch,
@@ -76,10 +89,11 @@ def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
 
 def untrained(family: str, workshop: Workshop) -> str:
     """Write a tower of `family` as it is before its first step, where a finished stage leaves its own; its name."""
+    objective = next(name for name, plan in PLANS.items() if plan.family == family)
     name = f"untrained {family}"
-    objective = next(objective for objective, plan in PLANS.items() if plan[1] == family)
     folder = workshop.runs / name / "output"
     if not folder.is_dir():
+        set_seed(1)
         build_tower_objective(stage_of(objective, 128, 2), workshop).export(folder)
     return name
 
@@ -88,7 +102,7 @@ def row_of(name: str, workshop: Workshop, steps: int) -> dict[str, Any]:
     """What the table says of the finished tower called `name`."""
     folder = workshop.runs / name
     reads = name.removeprefix("untrained ") in READERS
-    wanted = Wanted(WANTED.train, WANTED.test, PAIRS if reads else None, WANTED.features)
+    wanted = Wanted("caltech101-train", "caltech101-test", PAIRS if reads else None, features="both")
     report = measure_tower(folder / "output", wanted, workshop.data_folder())
     scores = {(score["measure"], score["features"]): 100 * score["right"] for score in report["scores"]}
     return {
@@ -135,9 +149,9 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", param_hint="--only")
     try:
-        for family in sorted({PLANS[name][1] for name in names}):
+        for family in sorted({PLANS[name].family for name in names}):
             tell(row_of(untrained(family, workshop), workshop, 0), runs)
-        for family in sorted({PLANS[name][1] for name in names}):
+        for family in sorted({PLANS[name].family for name in names}):
             tell(row_of(untrained(family, workshop), workshop, 0), runs)
         for name in names:
             run_stage(stage_of(name, pictures, batch), workshop)

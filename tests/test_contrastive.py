@@ -414,10 +414,10 @@ def test_micro_batches_are_the_whole_batch(name: str, tokenizer: PreTrainedToken
     parts = [objective.collate(samples[start : start + 2]) for start in (0, 2, 4)]
     objective.zero_grad(set_to_none=True)
     by_hand(objective, parts)
-    torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=5e-6)
     objective.zero_grad(set_to_none=True)
     values = cached_step(objective, parts)
-    torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=5e-6)
     torch.testing.assert_close(total_loss(values), total_loss(whole).detach(), rtol=1e-5, atol=1e-6)
 
 

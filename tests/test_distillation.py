@@ -662,9 +662,9 @@ def test_spread_tells_a_collapse() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "side", "message"),
     [
-        ("dino", {"small_side": 20}, SIDE, "small_side: a crop of 20 pixels.*such as small_side: 16"),
+        ("dino", {"small_side": 20}, SIDE, "small_side: a view of 20 pixels.*such as small_side: 16"),
         ("dino", {"small_side": 40}, SIDE, "small crop of 40 pixels is larger than a large one of 32"),
-        ("dino", {}, 36, "side: a crop of 36 pixels"),
+        ("dino", {}, 36, "side: a view of 36 pixels"),
         ("moco", {}, 36, "side: a view of 36 pixels"),
         ("dinov2", {"masked": (0.01, 0.5)}, SIDE, "0.01 of 16 patches is none"),
         ("dinov2", {"masked": (0.5, 0.1)}, SIDE, "not two rising shares"),

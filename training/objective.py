@@ -128,10 +128,9 @@ def given_tower(start: Start, objective: str) -> Tower:
 
 
 def check_side(tower: Tower, side: int, field: str = "side") -> None:
-    """Raises ValueError naming `field` when `tower` cannot take views of `side` pixels: its patches do not divide them,
-    or a ResNet would shrink them to nothing."""
+    """Raises ValueError naming `field` when the patches of `tower` do not divide views of `side` pixels."""
     patch = tower.patch_size
-    if side < patch or (tower.has_patch_tokens and side % patch):
+    if tower.has_patch_tokens and side % patch:
         raise ValueError(
             f"{field}: a view of {side} pixels does not divide into patches of {patch}: "
             f"take a multiple, such as {field}: {max(1, round(side / patch)) * patch}"

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import fastapi
     from PIL.Image import Image
 
-    from assistant.embeddings import Embedder
-
 DISTRIBUTION = "kangaroo-assistant"
 CAPTION_BATCH = 8
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
@@ -236,11 +234,14 @@ def classify(
     names = [name.strip() for name in labels.split(",") if name.strip()]
     if len(names) < 2:
         raise fail('--labels: give at least two, with commas between them. Example: --labels "a cat, a dog"')
-    embedder = load_embedder_or_fail(tower)
+    from assistant.embeddings import load_embedder
     from assistant.file_embedding import embed_files
     from assistant.images import PictureError
+    from assistant.models import EMBEDDER, JOEY, ModelError
     from assistant.naming import label_embeddings, label_shares
 
+    with plain_errors(ModelError):
+        embedder = load_embedder(tower or JOEY / EMBEDDER)
     wanted = label_embeddings(embedder.texts, names)
     unread = 0
     for path, vector in embed_files(embedder, images):
@@ -269,10 +270,13 @@ def search(
     """Find pictures by words or by a picture. The index is kept beside them and takes in what changed."""
     if (words is None) == (like is None):
         raise fail("say what to look for: either words, or --like with a picture")
-    embedder = load_embedder_or_fail(tower)
+    from assistant.embeddings import load_embedder
     from assistant.images import PictureError
+    from assistant.models import EMBEDDER, JOEY, ModelError
     from assistant.searching import FolderSearch, IndexFileError, said_of
 
+    with plain_errors(ModelError):
+        embedder = load_embedder(tower or JOEY / EMBEDDER)
     with plain_errors(IndexFileError, PictureError), FolderSearch(folder, embedder, index) as found:
         news = found.refresh()
         for path, reason in news.damaged.items():
@@ -282,13 +286,24 @@ def search(
             print(f"{hit.likeness:.3f} {hit.path}")
 
 
-def load_embedder_or_fail(tower: str | None) -> "Embedder":
-    """The embedder called `tower`, Joey's where None; ends the command when it cannot be loaded."""
-    from assistant.embeddings import load_embedder
-    from assistant.models import EMBEDDER, JOEY, ModelError
+@app.command(epilog="Example: kangaroo look facebook/dinov2-small dog.jpg cat.jpg --side 448")
+def look(
+    tower: Annotated[str, typer.Argument(help="A tower's folder or hub name.", show_default=False)],
+    images: PicturesArgument,
+    out: Annotated[Path, typer.Option(help="The sheet: .png, .svg or .pdf.")] = Path("look.png"),
+    side: Annotated[int | None, typer.Option(min=32, help="Pixels of a side.", show_default="the tower's own")] = None,
+) -> None:
+    """Draw what a tower looks at: the attention of each head, and its patches as colours."""
+    if out.suffix not in (".png", ".svg", ".pdf") or not out.absolute().parent.is_dir():
+        raise fail(f"--out {out}: name a .png, .svg or .pdf file in a folder that exists")
+    from assistant.images import PictureError
+    from assistant.models import ModelError
+    from assistant.towers import load_tower
+    from training.evaluation.look import look as draw
 
-    with plain_errors(ModelError):
-        return load_embedder(tower or JOEY / EMBEDDER)
+    with plain_errors(ModelError, PictureError, ValueError):
+        draw(load_tower(tower).eval(), images, out, side)
+    print(f"see {out}")
 
 
 def open_readable(paths: Sequence[Path]) -> "list[tuple[Path, Image]]":
