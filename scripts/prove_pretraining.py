@@ -151,8 +151,6 @@ def main(
     try:
         for family in sorted({PLANS[name].family for name in names}):
             tell(row_of(untrained(family, workshop), workshop, 0), runs)
-        for family in sorted({PLANS[name].family for name in names}):
-            tell(row_of(untrained(family, workshop), workshop, 0), runs)
         for name in names:
             run_stage(stage_of(name, pictures, batch), workshop)
             tell(row_of(name, workshop, pictures // batch), runs)

@@ -19,7 +19,7 @@ from training.cached_step import cached_step
 from training.data.pictures import Picture
 from training.distillation_losses import Centre, crops_loss, koleo_loss, patches_loss, sinkhorn_knopp
 from training.gather import mean_over_ranks
-from training.heads import PrototypeHead, mlp_head
+from training.heads import PrototypeHead, _UnitRows, mlp_head
 from training.objective import Start, total_loss
 from training.objectives import dino, dinov2, moco
 from training.objectives.dino import DinoObjective
@@ -282,6 +282,17 @@ def test_a_head_without_prototypes_is_refused() -> None:
         PrototypeHead(6, prototypes=0)
     with pytest.raises(ValueError, match="at least 1 layer"):
         mlp_head(4, 4, 4, layers=0)
+
+
+def test_prototypes_of_unit_length_have_autograds_gradient() -> None:
+    """Value and gradient are those of torch's normalize."""
+    torch.manual_seed(0)
+    rows, weights = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(7, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((functional.normalize(rows, dim=-1) * weights).sum(), rows)
+    units = _UnitRows.apply(rows)
+    torch.testing.assert_close(units, functional.normalize(rows, dim=-1))
+    (found,) = torch.autograd.grad((units * weights).sum(), rows)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_mlp_head_is_moco_v3s() -> None:
