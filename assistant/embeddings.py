@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,13 +45,18 @@ class Embedder:
         model: CLIPModel | SiglipModel,
         image_processor: BaseImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        key: str,
+        folder: Path,
     ) -> None:
-        """`key` is another one for other weights or another image processor: what was embedded is kept under it."""
-        self.key = key
+        """`folder` is where all of it was loaded from."""
+        self.folder = folder
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tower = Tower(model.vision_model, image_processor).eval()  # the same weights
+
+    @cached_property
+    def key(self) -> str:
+        """Another one for other weights or another image processor: what was embedded is kept under it."""
+        return tower_key(self.folder)
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +134,7 @@ def load_embedder(source: str | Path) -> Embedder:
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the processor cannot be read: {str(error).splitlines()[0]}") from error
-    return Embedder(model, image_processor, tokenizer, tower_key(folder))
+    return Embedder(model, image_processor, tokenizer, folder)
 
 
 def tower_key(folder: Path) -> str:

@@ -18,6 +18,7 @@ from scripts.benchmarks.workbench import Workbench
 from training.data.scenes import make_scene
 from training.objective import Start
 from training.objectives import clip, siglip
+from training.picture_text import PictureTextObjective
 from training.tokenizer import fast_tokenizer, train_sentencepiece
 
 TOKENIZER_WORDS = 640
@@ -45,20 +46,7 @@ def open_clip_pair(bench: Workbench) -> Pair:
 
 def clip_pair(bench: Workbench) -> Pair:
     """CLIP of a CLIPModel beside the same CLIPModel with its own loss."""
-    objective, batch, pixels = _clip(bench)
-    model = copy.deepcopy(objective.model)
-
-    def theirs() -> Tensor:
-        return model(input_ids=batch["text_ids"], pixel_values=pixels, return_loss=True).loss
-
-    return Pair(
-        name="CLIP step",
-        peer="transformers",
-        ours=bench.ours(objective, batch),
-        theirs=bench.theirs([model], theirs),
-        tolerance=bench.tolerance,
-        lever="closed-form loss",
-    )
+    return _beside_transformers(bench, "CLIP step", *_clip(bench), lever="closed-form loss")
 
 
 def siglip_pair(bench: Workbench) -> Pair:
@@ -67,18 +55,25 @@ def siglip_pair(bench: Workbench) -> Pair:
     objective = siglip.build(settings, _start(bench, "siglip", _tokenizer(bench)))
     batch = bench.batch(objective, _captions(bench.sizes.batch))
     pixels = objective.tower.normalise(batch["views"])
+    return _beside_transformers(bench, "SigLIP step", objective, batch, pixels, lever="loss in blocks")
+
+
+def _beside_transformers(
+    bench: Workbench, name: str, objective: PictureTextObjective, batch: dict[str, Tensor], pixels: Tensor, lever: str
+) -> Pair:
+    """Our step beside that of a copy of the same model with transformers' loss."""
     model = copy.deepcopy(objective.model)
 
     def theirs() -> Tensor:
         return model(input_ids=batch["text_ids"], pixel_values=pixels, return_loss=True).loss
 
     return Pair(
-        name="SigLIP step",
+        name=name,
         peer="transformers",
         ours=bench.ours(objective, batch),
         theirs=bench.theirs([model], theirs),
         tolerance=bench.tolerance,
-        lever="loss in blocks",
+        lever=lever,
     )
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import SiglipModel, SiglipProcessor
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SiglipModel, SiglipProcessor
 
 from training.comparison import refuse_one_sample
 from training.objective import Start
@@ -43,8 +43,11 @@ class SiglipObjective(PictureTextObjective):
         return {"sigmoid_loss": loss, **self.facts(representations), "bias": self.model.logit_bias.detach()}
 
 
-def build(settings: Settings, start: Start) -> SiglipObjective:
-    """SigLIP of `start.model`. Raises ValueError when that is no SiglipModel, or a new one without a temperature."""
+def prepared(settings: Settings, start: Start) -> tuple[SiglipModel, PreTrainedTokenizerBase, BaseImageProcessor]:
+    """The parts of `start`, with the settings' temperature and bias.
+
+    Raises ValueError when it has no SiglipModel, or a new one without a temperature.
+    """
     model, tokenizer, image_processor = given_picture_text(start, "siglip", SiglipModel)
     with torch.no_grad():
         if settings.start_temperature is not None:
@@ -56,4 +59,9 @@ def build(settings: Settings, start: Start) -> SiglipObjective:
             "this SiglipModel is new: its temperature is 1 and its bias 0, where every pair counts as half true; "
             "start where the paper does, with start_temperature: 10 and start_bias: -10"
         )
-    return SiglipObjective(model, tokenizer, image_processor, start.side, settings.smallest_crop)
+    return model, tokenizer, image_processor
+
+
+def build(settings: Settings, start: Start) -> SiglipObjective:
+    """SigLIP of `start.model`. Raises ValueError when that is no SiglipModel, or a new one without a temperature."""
+    return SiglipObjective(*prepared(settings, start), start.side, settings.smallest_crop)

@@ -181,6 +181,4 @@ def naming_loss(logits: Tensor, said: Tensor, weights: Tensor) -> Tensor:
 
 def build(settings: Settings, start: Start) -> WordsObjective:
     """Naming on `start.model`. Raises ValueError when that is no SiglipModel, or a new one without a temperature."""
-    prepared = siglip.build(siglip.Settings(**settings.model_dump(include=set(siglip.Settings.model_fields))), start)
-    image_processor = prepared.tower.image_processor
-    return WordsObjective(prepared.model, prepared.tokenizer, image_processor, start.side, settings)
+    return WordsObjective(*siglip.prepared(settings, start), start.side, settings)
