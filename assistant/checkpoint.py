@@ -1,4 +1,4 @@
-"""Read and write checkpoints in the key layout that llava-hf publishes."""
+"""Read and write checkpoints in the key layouts that are published for LLaVA and for Aya Vision."""
 
 import json
 import re
@@ -11,22 +11,31 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionModel,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     SiglipVisionModel,
 )
 
-from assistant.models import ModelError, missing_weights, require_complete
+from assistant.models import ModelError, missing_weights, read_json, require_complete
+from assistant.projectors import Llava
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+LAYOUTS: dict[str, type[Llava]] = {
+    LlavaConfig.model_type: LlavaForConditionalGeneration,
+    AyaVisionConfig.model_type: AyaVisionForConditionalGeneration,
+}
+ONE_FILE = "1TB"  # whatever reads and converts our checkpoints finds all weights in one place
 
 
-def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Write `model` and `processor` in the layout that llava-hf publishes, readable by transformers and by vLLM."""
+def save_llava(model: Llava, processor: LlavaProcessor, folder: Path) -> None:
+    """Write `model` and `processor` in the layout that is published for them, readable by transformers and by vLLM."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=ONE_FILE)
     processor.save_pretrained(folder)
     file = folder / "model.safetensors"
     if isinstance(model.model.vision_tower, CLIPVisionModel | SiglipVisionModel):
@@ -44,11 +53,21 @@ def published_key(key: str) -> str:
 
 
 def load_llava(
-    folder: Path, dtype: torch.dtype = torch.float32
+    folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Model and processor of `folder`. Raises ModelError when a weight is missing, unexpected or of another shape."""
-    model = load_model(LlavaForConditionalGeneration, require_complete(folder), dtype, others_allowed=False)
-    return model, LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    """Model and processor of `folder`; `arguments` are transformers' own, such as a quantisation.
+
+    The model is an AyaVisionForConditionalGeneration where the projector is a pixel-shuffle; both have the same parts.
+    Raises ModelError when it is of another layout, or a weight is missing, unexpected or of another shape.
+    """
+    kind = read_json(require_complete(folder) / "config.json").get("model_type")
+    if kind not in LAYOUTS:
+        raise ModelError(f"{folder} holds a {kind}, and these can be taught and asked here: {', '.join(LAYOUTS)}")
+    model = load_model(LAYOUTS[kind], folder, dtype, others_allowed=False, **arguments)
+    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    if processor.tokenizer.chat_template is None:  # older models keep it with the processor alone
+        processor.tokenizer.chat_template = processor.chat_template
+    return model, processor
 
 
 def load_model(

@@ -23,6 +23,7 @@ from transformers import (
 from assistant.checkpoint import load_model
 from assistant.hashing import file_hash
 from assistant.models import EMBEDDER, PROCESSOR_FILES, ModelError, find_tower, read_json
+from assistant.pixels import processed
 from assistant.towers import Tower
 
 TEXTS_AT_ONCE = 256
@@ -106,11 +107,6 @@ def text_ids(model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase,
     return functional.pad(ids, (0, max(0, length - ids.shape[1])), value=tokenizer.pad_token_id)
 
 
-def processed(image_processor: BaseImageProcessor, pictures: Tensor | Sequence[Tensor]) -> Tensor:
-    """float32 (B, 3, H, W) as the tower was trained to see, from uint8 (3, H, W) pictures of any sizes."""
-    return image_processor(list(pictures), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-
-
 def has_text_half(folder: Path) -> bool:
     """Whether the model in `folder` is one that `load_embedder` loads."""
     return read_json(folder / "config.json").get("model_type") in WITH_TEXT_HALF
@@ -138,7 +134,14 @@ def load_embedder(source: str | Path) -> Embedder:
 
 
 def tower_key(folder: Path) -> str:
-    """sha256 over the weights and the settings of the image processor in `folder`: all that an embedding hangs on."""
-    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
-    files += [folder / name for name in (*PROCESSOR_FILES, "config.json") if (folder / name).is_file()]
-    return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
+    """sha256 over the weights and the settings of the image processor in `folder`: all that its output hangs on.
+
+    `folder` is any that `find_tower` gives, with a text half or without.
+    """
+    files = [*weight_files(folder), *(folder / name for name in (*PROCESSOR_FILES, "config.json"))]
+    return hashlib.sha256("".join(file_hash(file) for file in files if file.is_file()).encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in `folder`: safetensors, then pickled ones, each in the order of their names."""
+    return [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]

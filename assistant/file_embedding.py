@@ -1,21 +1,21 @@
 """Embed many picture files: decoding goes on in threads while the tower works."""
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from assistant.embeddings import Embedder, processed
+from assistant.batching import in_batches
+from assistant.embeddings import Embedder
 from assistant.hashing import file_hash
 from assistant.images import PictureError, open_picture
+from assistant.pixels import pixels_of, processed
+from assistant.towers import Tower
 
 BATCH = 32
-BATCHES_AHEAD = 2  # decoded beside the one that the tower looks at
 SPARE = 2  # a large JPEG is decoded at no less than so many times the side that the tower sees
 
 
@@ -26,39 +26,21 @@ def embed_files(
 
     `batch` pictures go through the tower at once; damaged ones leave their places to others.
     """
-    ahead = batch * BATCHES_AHEAD
-    remaining = iter(files)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        waiting: list[tuple[Path, Future[Tensor | PictureError]]] = []
-        while True:
-            wanted = itertools.islice(remaining, batch + ahead - len(waiting))
-            waiting += [(file, pool.submit(_pixels, embedder, file)) for file in wanted]
-            if not waiting:
-                return
-            some, waiting = waiting[:batch], waiting[batch:]
-            yield from _embedded(embedder, [(file, future.result()) for file, future in some])
+
+    @torch.inference_mode()
+    def embedded(views: Tensor) -> Tensor:
+        return embedder.of_pooled(embedder.tower(views.to(embedder.device)).pooled).cpu()
+
+    return in_batches(files, lambda file: opened_for(embedder.tower, file), embedded, batch)
 
 
-def _embedded(
-    embedder: Embedder, opened: list[tuple[Path, Tensor | PictureError]]
-) -> Iterator[tuple[Path, Tensor | PictureError]]:
-    good = [pixels for _, pixels in opened if isinstance(pixels, Tensor)]
-    vectors: Iterator[Tensor] = iter(())
-    if good:
-        with torch.inference_mode():
-            pooled = embedder.tower(torch.cat(good).to(embedder.device)).pooled
-            vectors = iter(embedder.of_pooled(pooled).cpu())
-    for file, pixels in opened:
-        yield file, next(vectors) if isinstance(pixels, Tensor) else pixels
-
-
-def _pixels(embedder: Embedder, file: Path) -> Tensor | PictureError:
-    """float32 (1, 3, H, W) as the tower wants it, or what is wrong with the file."""
+def opened_for(tower: Tower, file: Path) -> Tensor | PictureError:
+    """float32 (1, 3, H, W) as `tower` wants it, or what is wrong with the file."""
     try:
-        picture = open_picture(file, enough=SPARE * embedder.tower.image_side)
+        picture = open_picture(file, enough=SPARE * tower.image_side)
     except PictureError as error:
         return error
-    return processed(embedder.tower.image_processor, [torch.from_numpy(np.array(picture)).permute(2, 0, 1)])
+    return processed(tower.image_processor, [pixels_of(picture)])
 
 
 def file_hashes(files: Iterable[Path]) -> Iterator[tuple[Path, str | OSError]]:

@@ -1,4 +1,4 @@
-"""Join a vision tower, a projector and a language model into one LLaVA."""
+"""Join a vision tower, a projector and a language model into one assistant in a published layout."""
 
 import torch
 from transformers import (
@@ -6,19 +6,31 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Model,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
+    MistralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
     SiglipVisionModel,
 )
 
 from assistant.chat import IMAGE_TOKEN
 from assistant.models import ModelError
+from assistant.projectors import SHUFFLE, Llava, Projector, calibrate_projector, new_projected_model
 from assistant.tower_families import FAMILIES, layer_numbers
 from assistant.tower_shapes import Family, new_image_processor, output_side
+
+__all__ = [
+    "LANGUAGE_MODELS",
+    "Projector",
+    "calibrate_projector",
+    "join",
+    "processor_for",
+    "squeeze_pictures",
+    "unused_tower_parameters",
+]
 
 FEATURE_LAYER = -2  # LLaVA-1.5's choice: the last layer of a contrastive tower serves its pooled head, not its patches
 JOINED: dict[type[PreTrainedModel], Family] = {
@@ -26,15 +38,18 @@ JOINED: dict[type[PreTrainedModel], Family] = {
     SiglipVisionModel: "siglip",
     Dinov2Model: "dinov2",
 }
+# Each keeps its decoder bare in `model` beside `lm_head`, and vLLM knows it as a part of a larger model.
+LANGUAGE_MODELS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 def join(
     tower: CLIPVisionModel | SiglipVisionModel | Dinov2Model,
-    language_model: LlamaForCausalLM,
+    language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     image_processor: BaseImageProcessor | None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """One LLaVA from its parts, with a new two-layer MLP projector; the parts' weights are copied.
+    projector: Projector = "mlp",
+) -> tuple[Llava, LlavaProcessor]:
+    """One assistant from its parts, with a new projector (see `new_projected_model`); the parts' weights are copied.
 
     Attention spans picture and text tokens from the first layer on. The language model sees the patches alone: a class
     token is dropped, as in LLaVA-1.5. Of `image_processor`, the tower's own, side, mean and deviation are kept; where
@@ -42,30 +57,40 @@ def join(
 
     Raises:
         ValueError: the tokenizer has no picture token or more words than the language model.
-        ModelError: a tower of another family, or pictures of another size than it can see.
+        ModelError: a tower or a language model of another family, pictures of another size than the tower can see, or
+            patches that do not divide by two for pixel-shuffle.
     """
+    if not isinstance(language_model, LANGUAGE_MODELS):
+        known = ", ".join(known.__name__ for known in LANGUAGE_MODELS)
+        raise ModelError(f"a {type(language_model).__name__} is no language model we can join; these are: {known}")
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if image_token is None or image_token == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN}; add it before joining")
     if len(tokenizer) > language_model.config.vocab_size:
         raise ValueError(f"{len(tokenizer)} words in the tokenizer, {language_model.config.vocab_size} in the model")
     processor = processor_for(tower, tokenizer, image_processor)
-    config = LlavaConfig(
-        vision_config=_config_in_llava(tower),
-        text_config=language_model.config,
-        image_token_index=image_token,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        vision_feature_layer=FEATURE_LAYER,
-        image_seq_length=(output_side(processor.image_processor) // processor.patch_size) ** 2,
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlavaForConditionalGeneration(config)
+    said = {
+        "vision_config": _config_in_llava(tower),
+        "text_config": language_model.config,
+        "image_token_index": image_token,
+        "vision_feature_select_strategy": processor.vision_feature_select_strategy,
+        "vision_feature_layer": FEATURE_LAYER,
+        "tie_word_embeddings": language_model.config.tie_word_embeddings,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    rows = output_side(processor.image_processor) // processor.patch_size
+    model = new_projected_model(projector, rows, language_model.config.hidden_size, said)
+    if projector == "pixel-shuffle":
+        _make_tokens_span_patches(processor)
     _copy_parts(model, tower, language_model)
     return model, processor
+
+
+def _make_tokens_span_patches(processor: LlavaProcessor) -> None:
+    """Let `processor` count tokens that span several patches. A class token was dropped before they were merged."""
+    processor.patch_size *= SHUFFLE
 
 
 def _config_in_llava(tower: PreTrainedModel) -> PretrainedConfig:
@@ -76,7 +101,7 @@ def _config_in_llava(tower: PreTrainedModel) -> PretrainedConfig:
     return type(tower.config)(**config)
 
 
-def _copy_parts(model: LlavaForConditionalGeneration, tower: PreTrainedModel, language_model: LlamaForCausalLM) -> None:
+def _copy_parts(model: Llava, tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
     """Copy the weights of both parts into `model`."""
     head = {f"head.{name}" for name, _ in tower.head.named_parameters()} if hasattr(tower, "head") else set()
     weights = {name: value for name, value in tower.state_dict().items() if name not in head}
@@ -85,33 +110,6 @@ def _copy_parts(model: LlavaForConditionalGeneration, tower: PreTrainedModel, la
     with torch.no_grad():
         model.lm_head.weight.copy_(language_model.lm_head.weight)
     model.tie_weights()
-
-
-def calibrate_projector(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> None:
-    """Start a new projector so that picture tokens enter the language model centred and with unit variance.
-
-    A tower's features share a large mean and a few loud channels. From LLaVA's own start (normal, 0.02) a small model
-    of ours drove picture tokens to 700 times the size of words, where neither its layers nor its gradients move them,
-    and looked at no picture at all. `pixels` (B, C, H, W) are some pictures as the processor gives them.
-    """
-    projector = model.model.multi_modal_projector
-    with torch.no_grad():
-        tower = model.model.vision_tower(pixels, output_hidden_states=True)
-        features = tower.hidden_states[model.config.vision_feature_layer]
-        if model.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        features = features.flatten(0, 1)
-        _standardise(projector.linear_1, features)
-        _standardise(projector.linear_2, projector.act(projector.linear_1(features)))
-
-
-def _standardise(layer: torch.nn.Linear, inputs: torch.Tensor) -> None:
-    """Draw `layer` anew so that its outputs on `inputs` (S, D) have zero mean and unit variance."""
-    mean, deviation = inputs.mean(0), inputs.std(0)
-    # A channel that hardly varies is not blown up to the size of the others: it would be noise.
-    deviation = deviation.clamp_min(0.1 * float(deviation.median()))
-    layer.weight.normal_(std=inputs.shape[1] ** -0.5).div_(deviation)
-    layer.bias.copy_(-layer.weight @ mean)
 
 
 def processor_for(
@@ -130,9 +128,7 @@ def processor_for(
             f"the image processor makes {side} pixels and the tower sees {tower.config.image_size} in a LLaVA: "
             f"transformers interpolates the positions of DINOv2 alone there; give a processor of its size"
         )
-    square = new_image_processor(JOINED[type(tower)], side)
-    if image_processor is not None:
-        square.image_mean, square.image_std = image_processor.image_mean, image_processor.image_std
+    square = _squeezing(tower, side, image_processor)
     leading = FAMILIES[type(tower)].leading(tower)
     return LlavaProcessor(
         image_processor=square,
@@ -145,13 +141,31 @@ def processor_for(
     )
 
 
-def unused_tower_parameters(model: LlavaForConditionalGeneration) -> set[str]:
+def _squeezing(tower: PreTrainedModel, side: int, own: BaseImageProcessor | None) -> BaseImageProcessor:
+    """Resizes all of a picture to `side` x `side` pixels, with the mean and deviation of `own`."""
+    square = new_image_processor(JOINED[type(tower)], side)
+    square.crop_size = {"height": side, "width": side}  # crops nothing: LLaVA's processor counts patches by it
+    if own is not None:
+        square.image_mean, square.image_std = own.image_mean, own.image_std
+    return square
+
+
+def squeeze_pictures(model: Llava, processor: LlavaProcessor) -> None:
+    """Let `processor` squeeze pictures to the square that it would crop out of them, as all training here does.
+
+    What is exported then sees pictures as it was taught to.
+    """
+    own, tower = processor.image_processor, model.model.vision_tower
+    if type(tower) in JOINED and (getattr(own, "do_center_crop", False) or "shortest_edge" in dict(own.size)):
+        processor.image_processor = _squeezing(tower, output_side(own), own)
+
+
+def unused_tower_parameters(model: Llava) -> set[str]:
     """Names of tower parameters that no answer depends on: behind the feature layer, and DINOv2's mask token."""
     tower = model.model.vision_tower
     numbers = layer_numbers(tower)
-    last_used = (model.config.vision_feature_layer + tower.config.num_hidden_layers + 1) % (
-        tower.config.num_hidden_layers + 1
-    )
+    chosen, count = model.config.vision_feature_layer, tower.config.num_hidden_layers + 1
+    last_used = max(layer % count for layer in ([chosen] if isinstance(chosen, int) else chosen))
     return {
         f"model.vision_tower.{name}"
         for name, number in numbers.items()

@@ -96,7 +96,7 @@ def open_picture(
         _check_bytes(len(source), limits, name)
     else:
         name = name or str(source)
-        source = _read_file(Path(source), limits, name)
+        source = read_picture(Path(source), limits, name)
     if not source:
         raise PictureError(f"{name}: the file is empty.")
     image = _open_header(source, name)
@@ -164,7 +164,9 @@ def encode_data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _read_file(path: Path, limits: PictureLimits, name: str) -> bytes:
+def read_picture(path: Path, limits: PictureLimits = DEFAULT_LIMITS, name: str | None = None) -> bytes:
+    """The bytes of the file `path`, not looked into. Raises PictureError where it is missing, too large or no file."""
+    name = name or str(path)
     if path.is_dir():
         raise PictureError(f"{name}: this is a folder, not a picture.")
     # Only a plain file has an end: a device or a pipe could be read for ever.

@@ -11,7 +11,8 @@ from torch import Tensor
 from assistant.embeddings import Embedder
 from assistant.file_embedding import embed_files
 from assistant.images import PictureError
-from assistant.picture_index import Hit, IndexFileError, PictureIndex, Refreshed, Searcher
+from assistant.nearest import Hit, Searcher
+from assistant.picture_index import IndexFileError, PictureIndex, Refreshed
 
 __all__ = ["FolderSearch", "Hit", "IndexFileError", "said_of"]
 
@@ -19,10 +20,13 @@ __all__ = ["FolderSearch", "Hit", "IndexFileError", "said_of"]
 class FolderSearch:
     """The pictures below a folder, and what finds them; close it, or use it in a `with`."""
 
-    def __init__(self, folder: Path, embedder: Embedder, file: Path | None = None) -> None:
-        """`file` is where the index is kept; in the folder where None. Raises IndexFileError where it cannot be."""
+    def __init__(self, folder: Path, embedder: Embedder, file: Path | None = None, anew: bool = False) -> None:
+        """`file` is where the index is kept; in the folder where None. With `anew` what it held is forgotten.
+
+        Raises IndexFileError where it cannot be kept there, or was made with another tower.
+        """
         self.embedder = embedder
-        self.index = PictureIndex(folder, embedder.key, file)
+        self.index = PictureIndex(folder, embedder.key, file, anew)
         self._searcher: Searcher | None = None
 
     def __enter__(self) -> Self:

@@ -26,6 +26,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     ViTModel,
 )
 
@@ -55,7 +57,21 @@ __all__ = [
     "new_pair",
     "new_tower",
     "normalised",
+    "plain_vit",
 ]
+
+# What a ViT and a ViTMAE's encoder both say of themselves.
+SHARED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "qkv_bias",
+)
 
 
 class Tower(nn.Module):
@@ -211,6 +227,17 @@ def _load_half(model_class: type[PreTrainedModel]) -> Callable[[Path], PreTraine
     return lambda folder: load_model(model_class, folder).vision_model
 
 
+def _load_vit_mae(folder: Path) -> PreTrainedModel:
+    return plain_vit(load_model(ViTMAEForPreTraining, folder))
+
+
+def plain_vit(masked: ViTMAEForPreTraining) -> ViTModel:
+    """The encoder of a masked autoencoder as a ViT, which sees every patch."""
+    vit = ViTModel(ViTConfig(**{name: getattr(masked.config, name) for name in SHARED}), add_pooling_layer=False)
+    vit.load_state_dict(masked.vit.state_dict())
+    return vit
+
+
 def _load_from_llava(folder: Path) -> PreTrainedModel:
     return load_llava(folder)[0].model.vision_tower
 
@@ -222,6 +249,7 @@ _LOADERS: dict[str, Callable[[Path], PreTrainedModel]] = {
     Dinov2Config.model_type: _load_bare(Dinov2Model),
     Dinov2WithRegistersConfig.model_type: _load_bare(Dinov2WithRegistersModel),
     ViTConfig.model_type: _load_bare(ViTModel, add_pooling_layer=False),
+    ViTMAEConfig.model_type: _load_vit_mae,
     ResNetConfig.model_type: _load_bare(ResNetModel),
     CLIPConfig.model_type: _load_half(CLIPModel),
     SiglipConfig.model_type: _load_half(SiglipModel),

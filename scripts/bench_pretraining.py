@@ -25,7 +25,7 @@ import typer
 from scripts.benchmarks import losses, picture_text, self_supervised
 from scripts.benchmarks.measuring import Disagreement, Limit, Pair, Result, compare
 from scripts.benchmarks.workbench import TINY, Sizes, Workbench
-from training.trainer import has_fast_bf16
+from training.arguments import has_fast_bf16
 
 CONTRASTIVE = {"nt-xent": losses.nt_xent, "clip-loss": losses.clip, "siglip-loss": losses.siglip}
 STEPS: dict[str, Callable[[Workbench], Pair]] = {

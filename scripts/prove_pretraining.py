@@ -19,13 +19,13 @@ from training.evaluation.tower_report import Wanted, measure_tower
 from training.recipe import run_stage
 from training.stages import Workshop, build_tower_objective
 
-BACKBONE = {"width": 192, "layers": 6, "heads": 3, "patch": 12, "image_side": 96}
-CROPS = {"small_side": 48, "small_count": 4, "prototypes": 2048, "head_hidden": 512, "bottleneck": 128}
+BACKBONE = {"width": 128, "layers": 5, "heads": 4, "patch": 8, "image_side": 64}
+CROPS = {"small_side": 32, "small_count": 4, "prototypes": 2048, "head_hidden": 512, "bottleneck": 128}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one row of the table trains; data, size of the tower, pictures and batch are the same for all."""
+    """What one row of the table trains; size of the tower, pictures and batch are the same for all."""
 
     objective: str
     settings: dict[str, Any]
@@ -44,7 +44,9 @@ PLANS = {
     "dinov2": Plan("dinov2", CROPS, "dinov2", 5e-4),
 }
 READERS = ("clip", "siglip")
+CACHE = "pixels"  # folder in RUNS, shared by all rows
 SHARDS = ("flickr8k-train", "coco-train")
+WORDLESS = "caltech101-train"  # its pictures, without their labels, for objectives that need no words
 PAIRS = "flickr8k-validation"
 COLUMNS = (
     ("kNN", "pooled"),
@@ -57,10 +59,12 @@ COLUMNS = (
 )
 
 
-def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
-    """The stage that trains `name` on so many pictures, `batch` at a time."""
+def stage_of(name: str, pictures: int, batch: int, cache: Path) -> TowerStage:
+    """The stage that trains `name` on so many pictures, `batch` at a time; decoded pixels are kept in `cache`."""
     plan = PLANS[name]
     reads = plan.objective in READERS
+    shards = SHARDS if reads else (*SHARDS, WORDLESS)
+    source = {"use": "captions" if reads else "pictures", "weight": 1, "cache": str(cache.absolute())}
     return TowerStage.model_validate(
         {
             "kind": "tower",
@@ -72,7 +76,7 @@ def stage_of(name: str, pictures: int, batch: int) -> TowerStage:
             "tokenizer": str(JOEY) if reads else None,
             "side": BACKBONE["image_side"],
             "attention": "eager",
-            "mixture": [{"shard": s, "use": "captions" if reads else "pictures", "weight": 1} for s in SHARDS],
+            "mixture": [{"shard": shard, **source} for shard in shards],
             "held_out_samples": 2 * batch,
             "schedule": {
                 "steps": pictures // batch,
@@ -94,7 +98,7 @@ def untrained(family: str, workshop: Workshop) -> str:
     folder = workshop.runs / name / "output"
     if not folder.is_dir():
         set_seed(1)
-        build_tower_objective(stage_of(objective, 128, 2), workshop).export(folder)
+        build_tower_objective(stage_of(objective, 128, 2, workshop.runs / CACHE), workshop).export(folder)
     return name
 
 
@@ -138,8 +142,8 @@ def tell(row: dict[str, Any], runs: Path) -> None:
 def main(
     data: Annotated[Path, typer.Option(envvar="KANGAROO_DATA", help="Folder of the picture shards.", exists=True)],
     runs: Annotated[Path, typer.Option(help="Where towers and checkpoints go.")] = Path("runs/proof"),
-    pictures: Annotated[int, typer.Option(min=256, help="Pictures that each objective sees.")] = 60_000,
-    batch: Annotated[int, typer.Option(min=2, help="Pictures a step.")] = 128,
+    pictures: Annotated[int, typer.Option(min=256, help="Pictures that each objective sees.")] = 200_000,
+    batch: Annotated[int, typer.Option(min=2, help="Pictures a step.")] = 64,
     only: Annotated[list[str] | None, typer.Option(help="Only these objectives.")] = None,
 ) -> None:
     """Train, measure, and print the rows of the table; each is also kept in RUNS/rows.jsonl."""
@@ -152,7 +156,7 @@ def main(
         for family in sorted({PLANS[name].family for name in names}):
             tell(row_of(untrained(family, workshop), workshop, 0), runs)
         for name in names:
-            run_stage(stage_of(name, pictures, batch), workshop)
+            run_stage(stage_of(name, pictures, batch, workshop.runs / CACHE), workshop)
             tell(row_of(name, workshop, pictures // batch), runs)
     except DataError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error

@@ -21,10 +21,6 @@ import httpx
 from serving import supervisor
 from serving.model_folder import ModelFacts, read_model_folder
 
-# The towers that vLLM's own LLaVA knows. Any other (DINOv2, ViT) makes it stop with "Unsupported vision config", and
-# is served by vLLM's transformers backend instead: the same answers at a lower speed.
-TOWERS_OF_VLLM = frozenset({"clip_vision_model", "siglip_vision_model", "pixtral"})
-
 # What vLLM has reached when its log holds the line; the last match counts.
 STAGES = (
     ("non-default args", "reading the model's configuration"),
@@ -194,7 +190,7 @@ def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, mo
     # 4 GiB by default, and twice: too much for a small machine.
     command += ["--mm-processor-cache-gb", "0.5"]
     command += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
-    command += ["--model-impl", "vllm" if facts.tower in TOWERS_OF_VLLM else "transformers"]
+    command += ["--model-impl", "vllm" if facts.read_by_vllm else "transformers"]
     if facts.context_length is not None:
         command += ["--max-model-len", str(facts.context_length)]
     if runs_on_cpu():

@@ -15,14 +15,15 @@ import anyio
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from tokenizers import Tokenizer
 
 from assistant.images import PictureLimits
 from assistant.models import ModelError
+from assistant.plain_text import PlainText
 from serving.body_limit import BodyLimit
 from serving.engine import Engine, EngineError, LocalEngine, Phase
 from serving.errors import ApiError, error_response, install_error_handlers
 from serving.model_folder import ModelFacts
-from serving.plain_text import PlainText
 from serving.routes import chat
 from serving.upstream import Upstream
 
@@ -65,7 +66,7 @@ def create_gateway(
         engine=engine,
         upstream=upstream,
         model_name=model_name,
-        plain_text=PlainText(facts.folder / "tokenizer.json", facts.picture_token),
+        plain_text=PlainText(Tokenizer.from_file(str(facts.folder / "tokenizer.json")), facts.picture_token),
         most_pictures=limits.most_pictures,
         picture_limits=limits.picture,
         context_length=facts.context_length,

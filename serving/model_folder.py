@@ -6,6 +6,12 @@ from typing import Any
 
 from assistant.models import read_json, require_complete
 
+# What vLLM's own LLaVA knows. Any other tower (DINOv2, ViT), layout (Aya Vision, which holds our pixel-shuffle) or
+# activation makes it stop, and is served by vLLM's transformers backend instead: the same answers at a lower speed.
+LAYOUTS_OF_VLLM = frozenset({"llava", "llava_next"})
+TOWERS_OF_VLLM = frozenset({"clip_vision_model", "siglip_vision_model", "pixtral"})
+ACTIVATIONS_OF_VLLM = frozenset({"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -13,6 +19,7 @@ class ModelFacts:
 
     folder: Path
     tower: str | None
+    read_by_vllm: bool  # by its own code; else vLLM runs transformers'
     context_length: int | None
     picture_token: str | None
 
@@ -27,7 +34,10 @@ def read_model_folder(folder: Path) -> ModelFacts:
     text_config = config.get("text_config", config)
     return ModelFacts(
         folder=folder,
-        tower=config.get("vision_config", {}).get("model_type"),
+        tower=(tower := config.get("vision_config", {}).get("model_type")),
+        read_by_vllm=config.get("model_type") in LAYOUTS_OF_VLLM
+        and tower in TOWERS_OF_VLLM
+        and config.get("projector_hidden_act", "gelu") in ACTIVATIONS_OF_VLLM,
         context_length=text_config.get("max_position_embeddings"),
         picture_token=_picture_token(folder, config),
     )

@@ -209,14 +209,14 @@ def test_train_refuses_what_it_cannot_run_before_it_starts(tmp_path: Path) -> No
 
 def test_train_stops_at_ctrl_c_and_goes_on(tmp_path: Path) -> None:
     """Ctrl-C in the middle ends with code 130 and one line; the same command finishes what was begun."""
-    words = ("train", "scenes", "--rehearse", "--stage", "tokenizer", "--runs", str(tmp_path / "runs"))
+    words = ("train", "scenes", "--rehearse", "--runs", str(tmp_path / "runs"))
     process = subprocess.Popen([KANGAROO, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("[1/1] tokenizer")
+    assert process.stdout.readline().startswith("[1/")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 130 and "goes on" in said and "Traceback" not in said
-    done = kangaroo(*words)
+    done = kangaroo(*words, "--stage", "tokenizer")
     assert done.returncode == 0, done.stderr
     assert f"The result is in {tmp_path / 'runs' / 'scenes-rehearsal' / 'tokenizer' / 'output'}" in done.stdout
     assert (tmp_path / "runs" / "scenes-rehearsal" / "tokenizer" / "output" / "tokenizer.json").is_file()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -101,7 +102,7 @@ def parent_of(program: str, also: str = "") -> Iterator[Family]:
 def test_nothing_outlives_a_parent_that_a_signal_ends(number: signal.Signals) -> None:
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (parent, descendants):
         parent.send_signal(number)
-        wait_until(lambda: not living(descendants), 30, "all descendants ended")
+        wait_until(lambda: not living(descendants), 120, "all descendants ended")
 
 
 def test_nothing_outlives_a_parent_whose_pipe_a_fork_holds_open() -> None:
@@ -109,18 +110,18 @@ def test_nothing_outlives_a_parent_whose_pipe_a_fork_holds_open() -> None:
     also = "if os.fork() == 0: time.sleep(600)"
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)"), also) as (parent, descendants):
         parent.kill()
-        wait_until(lambda: not living(descendants), 30, "all descendants ended")
+        wait_until(lambda: not living(descendants), 120, "all descendants ended")
 
 
 def test_a_program_that_ends_takes_its_children_with_it() -> None:
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(1); sys.exit(7)")) as (_, descendants):
-        wait_until(lambda: not living(descendants), 30, "all descendants ended")
+        wait_until(lambda: not living(descendants), 120, "all descendants ended")
 
 
 def test_the_program_ends_when_its_supervisor_is_killed() -> None:
     with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (_, descendants):
         descendants[0].kill()
-        wait_until(lambda: not living(descendants[:2]), 30, "supervisor and program ended")
+        wait_until(lambda: not living(descendants[:2]), 120, "supervisor and program ended")
 
 
 @pytest.mark.parametrize(("ending", "code"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
@@ -166,16 +167,29 @@ def flag(command: list[str], name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tower", "implementation"),
+    ("change", "read_by_vllm"),
     [
-        ("siglip_vision_model", "vllm"),
-        ("clip_vision_model", "vllm"),
-        ("dinov2", "transformers"),
-        ("vit", "transformers"),
+        ({}, True),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, True),
+        ({"vision_config": {"model_type": "dinov2"}}, False),
+        ({"vision_config": {"model_type": "vit"}}, False),
+        ({"model_type": "aya_vision"}, False),
+        ({"projector_hidden_act": "linear"}, False),
     ],
 )
-def test_the_tower_chooses_vllm_s_own_model_or_its_transformers_backend(tower: str, implementation: str) -> None:
-    facts = ModelFacts(Path("model"), tower, 1024, "<image>")
+def test_the_configuration_chooses_vllm_s_own_model_or_its_transformers_backend(
+    change: dict[str, Any], read_by_vllm: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    assert read_model_folder(folder).read_by_vllm is read_by_vllm
+
+
+@pytest.mark.parametrize(("read_by_vllm", "implementation"), [(True, "vllm"), (False, "transformers")])
+def test_the_command_says_what_the_model_folder_needs(read_by_vllm: bool, implementation: str) -> None:
+    facts = ModelFacts(Path("model"), "siglip_vision_model", read_by_vllm, 1024, "<image>")
     command = vllm_command(facts, "joey", 1234, "bfloat16", most_pictures=8)
     assert flag(command, "--model-impl") == implementation
     assert flag(command, "--host") == "127.0.0.1"
@@ -286,6 +300,7 @@ def test_weights_that_are_cut_off_are_the_reason_of_the_death(tiny_model: Path, 
 SERVER = """
 import sys
 from pathlib import Path
+from typing import Any
 from serving.gateway import serve
 sys.exit(serve(Path(sys.argv[1]), "tiny", "127.0.0.1", int(sys.argv[2])))
 """

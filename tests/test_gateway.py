@@ -15,9 +15,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from assistant.images import encode_data_url
+from assistant.plain_text import PlainText
 from serving.engine import EngineState, LocalEngine, Phase, RemoteEngine, free_port
 from serving.gateway import GatewayLimits, ListenError, create_gateway, listen
-from serving.plain_text import PlainText
 from tests.conftest import MODEL_NAME, gateway_client, served
 
 PATH = "/v1/chat/completions"
@@ -76,7 +76,7 @@ def wait_until_idle(engine: LocalEngine, seconds: float) -> None:
 
 
 def wait_until_busy(engine: LocalEngine) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while vllm_number(engine, "num_requests_running") == 0:
         assert time.monotonic() < deadline, "vLLM never began"
         time.sleep(0.02)
@@ -189,7 +189,7 @@ def test_typed_special_tokens_are_only_text(gateway: httpx.Client, engine: Local
 
 
 def test_a_special_token_is_taken_apart_visibly(engine: LocalEngine) -> None:
-    plain = PlainText(engine.facts.folder / "tokenizer.json", engine.facts.picture_token)
+    plain = PlainText(Tokenizer.from_file(str(engine.facts.folder / "tokenizer.json")), engine.facts.picture_token)
     assert plain("What does <image> mean in <b>HTML</b>?") == "What does < image> mean in <b>HTML</b>?"
     assert plain("<<image>image>") == "<< image>image>"
     untouched = "a < b, 5 > 3; naïve 東京 🦘\n\ttabs\0 and [INST]"

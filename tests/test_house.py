@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("assistant", "training", "serving", "ui")
-COMMAND_LINE = "ui/command_line.py"
+COMMAND_LINE = ("ui/command_line.py", "ui/commands/")
 # Which of our packages a package may import besides itself. The command line alone may import every one, and late.
 MAY_IMPORT = {"assistant": set[str](), "training": {"assistant"}, "serving": {"assistant"}, "ui": {"assistant"}}
 
@@ -62,7 +62,7 @@ def broken_import_rules(path: str, source: str) -> list[str]:
     for found in imports_of(source):
         if found.name not in PACKAGES or found.name == package:
             continue
-        if path == COMMAND_LINE:
+        if path.startswith(COMMAND_LINE):
             if not found.late:
                 broken.append(f"{path}:{found.line} imports {found.name} at once; import it inside the function")
         elif found.name not in MAY_IMPORT[package]:
@@ -117,7 +117,7 @@ def test_imports_flow_one_way(path: str) -> None:
         ("ui/browser/chat.py", "async def f():\n    import serving.engine"),
         ("ui/browser/chat.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import training"),
         ("ui/command_line.py", "from assistant.answering import Assistant"),
-        ("ui/command_line.py", "class A:\n    import training"),
+        ("ui/commands/teaching.py", "class A:\n    import training"),
     ],
 )
 def test_an_import_against_the_rules_is_found(path: str, source: str) -> None:
@@ -128,6 +128,7 @@ def test_an_import_against_the_rules_is_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("ui/command_line.py", "def train():\n    from training import recipe"),
+        ("ui/commands/teaching.py", "def tune():\n    from training import recipe"),
         ("ui/browser/chat.py", "from assistant.images import open_picture"),
         ("serving/gateway.py", "from serving.routes import chat\nfrom . import routes"),
         ("training/trainer.py", "import assistant.towers\nimport training_extras"),

@@ -16,7 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
+from scipy.stats import t as student
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
 from tiny import make_tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional
@@ -47,9 +51,10 @@ from assistant.towers import new_tower
 from training.data.pictures import DataError
 from training.data.scenes import make_scene
 from training.evaluation.features import compute_features
-from training.evaluation.picture_data import open_data
+from training.evaluation.few_shot import draw_shots, few_shot_probe
+from training.evaluation.picture_data import open_data, read_templates
 from training.evaluation.probes import knn_labels, linear_probe
-from training.evaluation.scores import score_labels, wilson_interval
+from training.evaluation.scores import DRAWS, STUDENT, score_draws, score_labels, wilson_interval
 from training.evaluation.tower_report import Wanted, measure_tower
 from training.evaluation.zero_shot import (
     chance_recall,
@@ -130,6 +135,64 @@ def test_the_linear_probe_works_on_two_pictures_a_label_and_refuses_one() -> Non
     assert linear_probe(train, labels, train).labels.shape == (10,)
     with pytest.raises(ValueError, match="two training pictures"):
         linear_probe(train[:9], labels[:9], train)
+
+
+def test_shots_are_drawn_alike_of_each_label_and_grow() -> None:
+    """So many of each label, none twice; the same draw again is the same, and fewer are some of it."""
+    labels = torch.tensor([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 2, 1, 1, 1])
+    for shots in (1, 2, 4):
+        shown = draw_shots(labels, shots, 3)
+        assert labels[shown].bincount().tolist() == [shots] * 3
+        assert len(set(shown.tolist())) == 3 * shots
+        assert torch.equal(shown, draw_shots(labels, shots, 3))
+        assert {*draw_shots(labels, 1, 3).tolist()} <= {*shown.tolist()}
+    assert len({tuple(draw_shots(labels, 2, draw).tolist()) for draw in range(5)}) > 1
+    with pytest.raises(ValueError, match="5 shots of label 0, which has 4 pictures"):
+        draw_shots(labels, 5, 0)
+
+
+@pytest.mark.parametrize("shots", [1, 5, 10])
+def test_the_few_shot_probe_equals_scikit_learn(shots: int) -> None:
+    """Its own pipeline of features at unit length and logistic regression, on the same pictures of each draw."""
+    (train, labels), (test, _) = clustered(120, seed=1), clustered(150, seed=2)
+    probe = few_shot_probe(train, labels, test, shots)
+    assert probe.converged
+    assert probe.labels.shape == (DRAWS, 150)
+    for draw in range(DRAWS):
+        shown = draw_shots(labels, shots, draw)
+        peer = make_pipeline(Normalizer(), LogisticRegression(C=1.0, max_iter=1000, tol=1e-8))
+        peer.fit(train[shown].double().numpy(), labels[shown].numpy())
+        assert (torch.from_numpy(peer.predict(test.double().numpy())) == probe.labels[draw]).sum() >= 149
+
+
+def test_more_shots_help_and_features_without_meaning_stay_at_chance() -> None:
+    (train, labels), (test, expected) = clustered(200, seed=1), clustered(200, seed=2)
+    right = [
+        score_draws(few_shot_probe(train, labels, test, shots).labels.tolist(), expected.tolist(), 5).right
+        for shots in (1, 5, 20)
+    ]
+    assert 0.3 < right[0] < right[1] < right[2]
+    noise = torch.randn(400, 12, generator=torch.Generator().manual_seed(5))
+    score = score_draws(few_shot_probe(noise[:200], labels, noise[200:], 5).labels.tolist(), expected.tolist(), 5)
+    assert score.low <= score.chance <= score.high
+
+
+def test_the_interval_of_draws_holds_the_truth() -> None:
+    """In 1000 made experiments whose pictures and draws both vary, the true share lies in it 95 times in 100."""
+    assert pytest.approx(student.ppf(0.975, DRAWS - 1)) == STUDENT
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        hard = generator.normal(0.7, 0.15, 100)
+        shares = (hard[None] + generator.normal(0, 0.05, (DRAWS, 1))).clip(0, 1)
+        score = score_draws((generator.random(shares.shape) < shares).tolist(), [True] * 100, 2)
+        held += score.low <= 0.7 <= score.high
+    assert 940 <= held <= 1000
+    same = score_draws([[1, 0, 1, 1]] * DRAWS, [1, 1, 1, 1], 2)
+    assert (same.low, same.high) == pytest.approx(wilson_interval(0.75, 4))
+    assert same.right == 0.75
+    with pytest.raises(ValueError, match="2 draws"):
+        score_draws([[1], [0]], [1], 2)
 
 
 def test_features_without_meaning_score_at_chance() -> None:
@@ -377,6 +440,52 @@ def test_zero_shot_and_retrieval_of_a_report_equal_transformers(both_halves: Pat
             assert found[f"{direction} R@{first}", "shared"] == pytest.approx(float(hit))
 
 
+def test_own_wordings_are_measured_beside_the_usual_ones(siglip: Path, data: Path, tmp_path: Path) -> None:
+    """The ensemble of the file's lines, by transformers; blank lines are passed over."""
+    file = tmp_path / "templates.txt"
+    file.write_text("a {} circle\n\n  the word {}\n")
+    templates = read_templates(file)
+    assert templates == ("a {} circle", "the word {}")
+    found = measure_tower(siglip, wanted(data, "test", templates=templates), None)
+    assert [score["measure"] for score in found["scores"]] == ["zero-shot", "zero-shot, own words"]
+    pictures, labels = labelled(data / "test")
+    names = sorted(COLOURS)
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    peer = peer_output(siglip, pictures, prompts)
+    of_names = functional.normalize(peer.text_embeds.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+    nearest = (peer.image_embeds @ of_names.T).argmax(-1)
+    right = [names[number] == label for number, label in zip(nearest.tolist(), labels, strict=True)]
+    assert found["scores"][1]["right"] == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"A photo of a {}.\na photo of a dog\n", r"templates\.txt, line 2: 'a photo of a dog' has no {}"),
+        (b"\n \n", "no template"),
+        (b"\xff\xfe{}", "no text in UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused(content: bytes | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "templates.txt").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_templates(tmp_path / "templates.txt")
+
+
+def test_few_shot_probes_of_a_report_stand_beside_their_baselines(dinov2: Path, data: Path) -> None:
+    report = measure_tower(dinov2, wanted(data, "train", "test", features="both", shots=(1, 5)), None)
+    scores = {(score["measure"], score["features"]): score for score in report["scores"]}
+    for kind in ("pooled", "patches"):
+        for shots in (1, 5):
+            score = scores[f"{shots}-shot probe", kind]
+            assert score["low"] <= score["right"] <= score["high"]
+            assert (score["chance"], score["majority"], score["pictures"]) == (1 / 3, 1 / 3, 15)
+            assert (score["shots"], score["draws"], score["regularisation"]) == (shots, DRAWS, 1.0)
+    assert json.loads(json.dumps(report)) == report
+
+
 def test_a_report_says_what_it_was_made_of(siglip: Path, data: Path, tmp_path: Path) -> None:
     """It is JSON as it stands; its hashes follow the pictures, the labels and the weights, not where they lie."""
     moved = tmp_path / "elsewhere"
@@ -458,6 +567,17 @@ def test_data_that_do_not_fit_are_refused(
         measure_tower(siglip, Wanted(**given, neighbours=1), None)
 
 
+def test_options_that_do_not_fit_the_data_are_refused(siglip: Path, dinov2: Path, data: Path) -> None:
+    with pytest.raises(DataError, match=r"--shots 1,7: folder .*train has 6 pictures of 'blue'; ask for 1 to 6"):
+        measure_tower(siglip, wanted(data, "train", "test", shots=(1, 7)), None)
+    with pytest.raises(DataError, match="--shots needs --train"):
+        measure_tower(siglip, wanted(data, "test", shots=(1,)), None)
+    with pytest.raises(DataError, match="--templates needs --test"):
+        measure_tower(siglip, wanted(data, "pairs", templates=("a {}",)), None)
+    with pytest.raises(ModelError, match=r"no text half.*--templates"):
+        measure_tower(dinov2, wanted(data, "train", "test", templates=("a {}",)), None)
+
+
 def test_a_shard_needs_the_folder_of_shards(siglip: Path, data: Path) -> None:
     with pytest.raises(DataError, match="--data"):
         measure_tower(siglip, Wanted(test="birds"), None)
@@ -487,13 +607,25 @@ def test_a_tower_without_patch_tokens_has_pooled_features_only(data: Path, tmp_p
 def test_the_command_prints_a_table_and_writes_json(siglip: Path, data: Path, tmp_path: Path) -> None:
     given = {"--train": data / "train", "--test": data / "test", "--pairs": data / "pairs.jsonl"}
     options = [str(word) for option in given.items() for word in option]
-    out = tmp_path / "report.json"
-    words: list[str | Path] = ["evaluate", siglip, *options, "--neighbours", "5", "--out", out]
+    out, page = tmp_path / "report.json", tmp_path / "report.html"
+    (tmp_path / "templates.txt").write_text("a {} circle")
+    more = ["--shots", "5,1", "--templates", str(tmp_path / "templates.txt"), "--page", str(page)]
+    words: list[str | Path] = ["evaluate", siglip, *options, *more, "--neighbours", "5", "--out", out]
     command = [Path(sys.executable).with_name("kangaroo"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"COLUMNS": "80"})
+    environment = os.environ | {"COLUMNS": "80", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "had been kept" not in done.stderr
     report = json.loads(out.read_text())
-    assert len(report["scores"]) == 9
+    assert len(report["scores"]) == 12
+    text = page.read_text()
+    assert all(f"<td>{score['measure']}<small>" in text for score in report["scores"])
+    assert list((tmp_path / "kangaroo" / "features").rglob("*.safetensors"))
+    again = CliRunner().invoke(app, [*map(str, words), "--features-folder", str(tmp_path / "kangaroo" / "features")])
+    assert again.exit_code == 0, again.stderr
+    assert again.stderr.count("had been kept") == 3
+    assert json.loads(out.read_text())["scores"] == report["scores"]
+    assert "pictures" in done.stdout.splitlines()[1]  # no heading is cut
     for score in report["scores"]:
         row = next(line for line in done.stdout.splitlines() if line.strip().startswith(f"{score['measure']} "))
         shares = [score[part] for part in ("right", "low", "high", "chance", "majority") if score[part] is not None]
@@ -502,7 +634,15 @@ def test_the_command_prints_a_table_and_writes_json(siglip: Path, data: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--out", "no/such/folder/a.json"], "--out"), (["--train", "train"], "--train needs --test")]
+    ("words", "said"),
+    [
+        (["--out", "no/such/folder/a.json"], "--out"),
+        (["--page", "no/such/folder/a.html"], "--page"),
+        (["--train", "train"], "--train needs --test"),
+        (["--shots", "1,many"], "--shots 1,many: numbers"),
+        (["--shots", "0,5"], "--shots 0,5: numbers"),
+        (["--templates", "no/such/file.txt"], "--templates no/such/file.txt: No such file"),
+    ],
 )
 def test_the_command_refuses_in_one_line(words: list[str], said: str) -> None:
     done = CliRunner().invoke(app, ["evaluate", *words])

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from assistant.projectors import Projector
+from training.adapters import LoraSettings
 from training.data.catalogue import Use
 from training.objectives.instruct import Part
 from training.strict import Strict
@@ -17,6 +19,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names the file and the field."""
+
+
+class TrainingError(RecipeError):
+    """A run that cannot go on; the message says at which step, why, and the way out."""
 
 
 class Schedule(Strict):
@@ -41,6 +47,12 @@ class Schedule(Strict):
     evaluate_every: int = Field(500, ge=1)
     save_every: int = Field(100, ge=1)
     seed: int = Field(1, ge=0)
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite ends the run, or its step changes nothing"
+    )
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="where the log goes beside log.jsonl; the package of that name has to be installed"
+    )
 
 
 class PictureSource(Strict):
@@ -103,6 +115,29 @@ class TextSource(Strict):
         return self
 
 
+class ConversationSource(Strict):
+    """One source of conversations, in any form that `kangaroo data check` knows."""
+
+    conversations: str = Field(
+        description="a file, or the folder of a saved dataset; a relative path counts from the data folder"
+    )
+    hub: bool = Field(False, description="conversations is the name of a dataset on the Hugging Face hub instead")
+    split: str = Field("train", description="split of a dataset")
+    pictures: str | None = Field(None, description="folder that paths of pictures count from; the file's where unset")
+    downloads: bool = Field(False, description="fetch pictures that are https addresses, and keep them")
+    weight: float = Field(1.0, ge=0, description="share of the samples, relative to the other sources")
+    damaged: float = Field(0.01, ge=0, le=1, description="share of rows that may be bad and is skipped; 0 is strict")
+
+
+class MixturePhase(Strict):
+    """Other weights from some point of the run on, a number for each source in its order."""
+
+    start: float = Field(ge=0, lt=1, description="share of the run after which they hold")
+    mixture: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    texts: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    conversations: tuple[Annotated[float, Field(ge=0)], ...] = ()
+
+
 class TokenizerStage(Strict):
     """Train the tokenizer."""
 
@@ -143,6 +178,31 @@ class TextShape(Strict):
     length: int = Field(24, ge=8, description="most tokens of a text")
 
 
+class MonitorSource(PictureSource):
+    """Pictures that a monitor looks at: one source alone, so that no weight has to be said."""
+
+    weight: float = Field(1.0, gt=0, description="not used")
+
+    @model_validator(mode="after")
+    def _can_be_looked_at_again(self) -> "MonitorSource":
+        if self.stream:
+            raise ValueError("a monitor looks at the same pictures again and again, and a stream is read once")
+        return self
+
+
+class Monitor(Strict):
+    """What is looked at while a tower trains. Looking changes nothing of what trains."""
+
+    every: int = Field(200, ge=1, description="steps from look to look; there is one before the first and at the end")
+    pictures: int = Field(256, ge=8, description="most held-out pictures of each kind that are looked at")
+    labelled: MonitorSource | None = Field(
+        None, description="labelled pictures for kNN and zero-shot; the held-out ones where they have labels"
+    )
+    pairs: MonitorSource | None = Field(
+        None, description="pictures with texts for retrieval; the held-out ones where they have texts"
+    )
+
+
 class TowerStage(Strict):
     """Pretrain a vision tower with one of our objectives."""
 
@@ -168,6 +228,7 @@ class TowerStage(Strict):
         (), description="pictures that validate; where unset, one in 32 of the mixture's is kept aside for it"
     )
     held_out_samples: int = Field(512, ge=2)
+    monitor: Monitor | None = Field(Monitor(), description="what is looked at on the way; null looks at nothing")
     schedule: Schedule
 
     @model_validator(mode="after")
@@ -229,20 +290,39 @@ class InstructStage(Strict):
 
     kind: Literal["instruct"]
     name: str
-    tower: str | None = Field(None, description="stage or folder of the tower to join; unset when start_from is set")
-    language_model: str | None = Field(None, description="stage or folder of the language model to join")
-    start_from: str | None = Field(None, description="stage or folder of a LLaVA that goes on")
+    tower: str | None = Field(None, description="stage, folder or hub name of the tower to join; unset with start_from")
+    language_model: str | None = Field(None, description="stage, folder or hub name of the language model to join")
+    projector: Projector = Field("mlp", description="what stands between the two that are joined")
+    start_from: str | None = Field(None, description="stage, folder or hub name of a LLaVA that goes on")
     trains: tuple[Part, ...] = Field(min_length=1, description="tower, projector, language")
+    lora: LoraSettings | None = Field(None, description="train an adapter in place of the language model's own weights")
+    four_bits: bool = Field(False, description="QLoRA: hold the language model in NF4 while its adapter trains")
     rates: dict[Part, float] = Field({}, description="share of the learning rate for a part; 1 where unset")
     turns: int = Field(5, ge=1, description="most turns of one lesson")
     longest: int = Field(400, ge=128, description="most tokens of one lesson")
     attention: Literal["sdpa", "eager"] | None = Field(
         None, description="eager trains short lessons faster on a CPU; transformers' choice where unset"
     )
+    packing: bool | None = Field(
+        None, description="lessons in one row without padding, each within itself; on where attention is unset"
+    )
+    still: Literal["float32", "bfloat16"] = Field(
+        "float32", description="how weights that do not train are held; bfloat16 counts in mixed precision only"
+    )
+    feature_memory: float | None = Field(
+        None, ge=0, description="GiB of a still tower's features; 2 where unset and every picture comes as it is"
+    )
     length_power: float = Field(0.0, ge=0, le=1, description="tokens of an n-token answer weigh n to the minus this")
-    mixture: tuple[PictureSource, ...]
+    mixture: tuple[PictureSource, ...] = Field((), description="lessons from shards of pictures and from scenes")
     texts: tuple[TextSource, ...] = Field((), description="lessons without a picture: rows with a prompt")
-    held_out: tuple[PictureSource, ...]
+    conversations: tuple[ConversationSource, ...] = Field((), description="lessons from data that people have")
+    phases: tuple[MixturePhase, ...] = Field((), description="weights that change on the way; shares are exact then")
+    replay: tuple[PictureSource, ...] = Field((), description="what the model knew and shall not forget")
+    replay_share: float = Field(0.1, gt=0, lt=1, description="of the samples, at every time, where there is replay")
+    held_out: tuple[PictureSource, ...] = Field((), description="lessons that validate, from shards and scenes")
+    held_out_conversations: tuple[ConversationSource, ...] = Field(
+        (), description="conversations that validate; where nothing is held out, one in 32 conversations is kept aside"
+    )
     held_out_samples: int = Field(256, ge=1)
     schedule: Schedule
 
@@ -251,9 +331,40 @@ class InstructStage(Strict):
         joins = self.tower is not None and self.language_model is not None
         if joins == (self.start_from is not None):
             raise ValueError("name either start_from, or both tower and language_model")
-        for source in (*self.mixture, *self.held_out):
+        if self.lora is not None and (self.start_from is None or "language" not in self.trains):
+            raise ValueError("lora stands on the language model of a LLaVA: say start_from, and train `language`")
+        if self.four_bits and self.lora is None:
+            raise ValueError("four_bits: weights of 4 bits cannot train themselves; say what trains instead in lora")
+        if self.packing and self.attention is not None:
+            raise ValueError("packing brings its own attention; leave attention unset")
+        for source in (*self.mixture, *self.held_out, *self.replay):
             if (source.shard is None and source.scenes is None) or source.use in ("pictures", "statements"):
                 raise ValueError("lessons come from a shard or from scenes, with their captions, labels or questions")
+        return self
+
+    def weights(self) -> list[float]:
+        """Of its pictures, texts and conversations, in this order."""
+        pictures, texts = [s.weight for s in self.mixture], [s.weight for s in self.texts]
+        return [*pictures, *texts, *(s.weight for s in self.conversations)]
+
+    @model_validator(mode="after")
+    def _sources_and_phases(self) -> "InstructStage":
+        if not (self.mixture or self.texts or self.conversations):
+            raise ValueError("name what is taught: mixture, texts or conversations")
+        if not (self.held_out or self.held_out_conversations or self.conversations):
+            raise ValueError("name the lessons that validate: held_out or held_out_conversations")
+        starts = [phase.start for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases start one after the other, not at {starts}")
+        for phase in self.phases:
+            for field in ("mixture", "texts", "conversations"):
+                said, sources = len(getattr(phase, field)), len(getattr(self, field))
+                if said != sources:
+                    raise ValueError(f"the phase from {phase.start:g} has {said} weights for {sources} {field}")
+            if not sum((*phase.mixture, *phase.texts, *phase.conversations)):
+                raise ValueError(f"in the phase from {phase.start:g} every weight is 0")
+        if not sum(self.weights()) and starts[:1] != [0]:
+            raise ValueError("every weight is 0 where the run starts")
         return self
 
 
@@ -288,8 +399,12 @@ def rehearsal(recipe: Recipe, steps: int = 2) -> Recipe:
         if isinstance(stage, TokenizerStage):
             return stage.model_copy(update={"documents": 500, "vocabulary": min(stage.vocabulary, 700)})
         short = {"steps": steps, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "save_every": 1, "compile": False}
-        held_out = {"held_out_blocks": 2} if isinstance(stage, LanguageStage) else {"held_out_samples": 4}
-        return stage.model_copy(update={"schedule": stage.schedule.model_copy(update=short)} | held_out)
+        fewer: dict[str, Any] = {"held_out_samples": 4}
+        if isinstance(stage, LanguageStage):
+            fewer = {"held_out_blocks": 2}
+        elif isinstance(stage, TowerStage) and stage.monitor is not None:
+            fewer["monitor"] = stage.monitor.model_copy(update={"pictures": 8})
+        return stage.model_copy(update={"schedule": stage.schedule.model_copy(update=short)} | fewer)
 
     stages = tuple(shortened(stage) for stage in recipe.stages)
     return recipe.model_copy(update={"name": f"{recipe.name}-rehearsal", "stages": stages})

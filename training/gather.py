@@ -66,6 +66,11 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / ranks()
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any rank; each must call, with the device that it trains on."""
+    return flag if ranks() == 1 else bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
 def exchange_with_neighbour(local: Tensor) -> Tensor:
     """What the rank before this one holds (the last one's for the first), without gradient.
 

@@ -1,7 +1,7 @@
 """The contract between the trainer and what it trains."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,21 @@ class Start:
     model: CLIPModel | SiglipModel | None = None
     image_processor: BaseImageProcessor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What an objective shows to those who watch its run."""
+
+    tower: Tower | None = None  # the one that `export` writes
+    pooled: bool = True  # its pooled output is trained; else only its patches are, whose mean stands for the picture
+    model: CLIPModel | SiglipModel | None = None  # both halves, where texts are read too
+    tokenizer: PreTrainedTokenizerBase | None = None
+    # By name in `forward`: what a loss is for one who cannot tell the samples of a step apart.
+    untaught: Mapping[str, float] = field(default_factory=dict)
+    finds: Sequence[str] = ()  # names in `forward` of the shares of samples that find their own among all
+    # By name in `forward`: where a value is held back when it would grow further.
+    largest: Mapping[str, float] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -50,6 +65,14 @@ class Objective(nn.Module):
     def export(self, folder: Path) -> None:
         """Write what the next stage or a user loads, in the published layout."""
         raise TypeError(f"{type(self).__name__} has no export")
+
+    def watched(self, samples: int) -> Watched:
+        """What to look at while it trains with `samples` a step, over all processes; nothing where not said."""
+        return Watched()
+
+    def tokens_of(self, batch: Mapping[str, Any]) -> int | None:
+        """How many tokens of text a batch trains on; None where samples are what counts."""
+        return None
 
     def begin_step(self, step: int, steps: int) -> None:
         """Called before optimiser step `step` (from 0) of `steps`: temperatures, what is frozen at first."""
@@ -112,6 +135,10 @@ class TrainsTower:
         """Layers of the tower above a parameter of the tower; 0 in heads, decoders and teachers."""
         part, _, inner = name.partition(".")
         return len(self.tower.layers) + 1 - self.tower.layer_of(inner) if part == "tower" else 0
+
+    def watched(self, samples: int) -> Watched:
+        """The tower."""
+        return Watched(self.tower)
 
     def export(self, folder: Path) -> None:
         """The trained tower alone, a plain transformers checkpoint: what stood on it has done its work."""

@@ -26,7 +26,7 @@ from assistant.towers import Tower
 from training.comparison import share_found
 from training.data.pictures import DataError, Picture
 from training.data.views import mirrors_safely, random_view, square
-from training.objective import Start, WholeBatchObjective, check_side
+from training.objective import Start, Watched, WholeBatchObjective, check_side
 from training.strict import Strict
 
 MOST_TRUE = 24  # texts that may be true of one picture; a number for all, so that micro-batches and ranks agree
@@ -131,6 +131,11 @@ class PictureTextObjective(WholeBatchObjective):
     def trained_parameters(self) -> set[str]:
         """Everything: both halves, the temperature and, for SigLIP, the bias."""
         return {name for name, _ in self.named_parameters()}
+
+    def watched(self, samples: int) -> Watched:
+        """Both halves."""
+        found = ("picture_finds_text", "text_finds_picture")
+        return Watched(self.tower, model=self.model, tokenizer=self.tokenizer, finds=found)
 
     def layers_above(self, name: str) -> int:
         """Layers above a parameter in its own half; 0 for what stands on both."""

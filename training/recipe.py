@@ -14,6 +14,7 @@ from assistant.checkpoint import convert_weights, copy_model
 from assistant.hashing import file_hash
 from assistant.models import EMBEDDER
 from training.config import (
+    ConversationSource,
     InstructStage,
     LanguageStage,
     PictureSource,
@@ -25,6 +26,8 @@ from training.config import (
 )
 from training.data.pictures import shard_files
 from training.data.sources import name_and_stamp
+from training.lesson_sets import open_conversations
+from training.reporting import require_reporter
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
 
 DONE = "done.json"
@@ -59,7 +62,7 @@ def run_stage(stage: Stage, workshop: Workshop) -> None:
     """Run `stage` unless it is finished already; leave its scores and its settings behind."""
     marker = workshop.runs / stage.name / DONE
     settings = stage.model_dump(mode="json")
-    if marker.is_file() and json.loads(marker.read_text())["settings"] == settings:
+    if marker.is_file() and _says_the_same(json.loads(marker.read_text())["settings"], settings):
         PartialState().print(f"    finished before, see {marker}", flush=True)
         return
     started = time.time()
@@ -67,6 +70,19 @@ def run_stage(stage: Stage, workshop: Workshop) -> None:
     if PartialState().is_main_process:
         _finish(marker, settings, scores, started)
     PartialState().wait_for_everyone()
+
+
+def _says_the_same(before: Any, now: Any) -> bool:
+    """Whether a finished stage would be trained the same way now.
+
+    A field that did not exist when it finished does not count, nor does what only tells people how a run goes.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        counts = before.keys() - {"monitor", "report_to"}
+        return counts <= now.keys() and all(_says_the_same(before[field], now[field]) for field in counts)
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_says_the_same, before, now))
+    return bool(before == now)
 
 
 def _finish(marker: Path, settings: dict[str, Any], scores: dict[str, float], started: float) -> None:
@@ -113,10 +129,18 @@ def provenance(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
 
 
 def check_data(recipe: Recipe, workshop: Workshop) -> None:
-    """Raises DataError when pictures or texts that `recipe` names are not there; better now than after an hour."""
+    """Raises DataError when pictures or texts that `recipe` names are not there; better now than after an hour.
+
+    Raises RecipeError when a package is missing that it reports to.
+    """
+    for stage in recipe.stages:
+        if not isinstance(stage, TokenizerStage):
+            require_reporter(stage.schedule.report_to)
     _files(recipe, workshop)
     for source in _other_sources(recipe):
         name_and_stamp(source, workshop.data_folder)
+    for talk in _conversations(recipe):
+        open_conversations(talk, workshop.data_folder)
 
 
 def data_hashes(recipe: Recipe, workshop: Workshop) -> dict[str, str]:
@@ -125,20 +149,38 @@ def data_hashes(recipe: Recipe, workshop: Workshop) -> dict[str, str]:
     for source in _other_sources(recipe):
         name, stamp = name_and_stamp(source, workshop.data_folder)
         hashes[name] = hashlib.sha256(stamp.encode()).hexdigest()
+    for talk in _conversations(recipe):
+        records = open_conversations(talk, workshop.data_folder).records
+        hashes[f"conversations {talk.conversations}"] = hashlib.sha256(records.stamp().encode()).hexdigest()
     return hashes
+
+
+def _conversations(recipe: Recipe) -> list[ConversationSource]:
+    stages = [stage for stage in recipe.stages if isinstance(stage, InstructStage)]
+    return [source for stage in stages for source in (*stage.conversations, *stage.held_out_conversations)]
 
 
 def _other_sources(recipe: Recipe) -> list[PictureSource]:
     sources = [
-        source for stage in recipe.stages for field in ("mixture", "held_out") for source in getattr(stage, field, ())
+        source
+        for stage in recipe.stages
+        for field in ("mixture", "held_out", "replay")
+        for source in getattr(stage, field, ())
     ]
+    sources += _monitored(recipe)
     return [source for source in sources if source.shard is None and source.scenes is None]
+
+
+def _monitored(recipe: Recipe) -> list[PictureSource]:
+    monitors = [stage.monitor for stage in recipe.stages if isinstance(stage, TowerStage) and stage.monitor is not None]
+    return [source for monitor in monitors for source in (monitor.labelled, monitor.pairs) if source is not None]
 
 
 def _files(recipe: Recipe, workshop: Workshop) -> list[Path]:
     shards = set()
     for stage in recipe.stages:
-        for field in ("mixture", "held_out", "texts"):
+        for field in ("mixture", "held_out", "texts", "replay"):
             shards |= {source.shard for source in getattr(stage, field, ()) if source.shard}
         shards |= set(getattr(stage, "exclude_captions_of", ()))
+    shards |= {source.shard for source in _monitored(recipe) if source.shard}
     return [file for shard in sorted(shards) for file in shard_files(workshop.data_folder(), shard)]

@@ -15,7 +15,7 @@ from assistant.towers import Tower
 from training.data.augment import multi_crop
 from training.data.pictures import Picture
 from training.heads import PrototypeHead
-from training.objective import TrainsTower, WholeBatchObjective, check_side, mask_token_names
+from training.objective import TrainsTower, Watched, WholeBatchObjective, check_side, mask_token_names
 from training.schedules import cosine, warm_up
 from training.strict import Strict
 from training.teacher import Teacher, names_outside_teachers
@@ -158,6 +158,10 @@ class SelfDistillation(TrainsTower, WholeBatchObjective):
     def trained_parameters(self) -> set[str]:
         """All but the teachers, and but the tower's own mask token, which only an objective that hides patches uses."""
         return names_outside_teachers(self) - {f"tower.{name}" for name in mask_token_names(self.tower)}
+
+    def watched(self, samples: int) -> Watched:
+        """The teacher's tower."""
+        return Watched(self.teacher_tower.model)
 
     def export(self, folder: Path) -> None:
         """The teacher's tower, a plain transformers checkpoint."""

@@ -17,9 +17,8 @@ from transformers import (
     set_seed,
 )
 
-from assistant.checkpoint import load_llava
 from assistant.embeddings import load_embedder
-from assistant.fusion import calibrate_projector, join
+from assistant.fusion import calibrate_projector
 from assistant.models import JOEY, find_tower, read_json
 from assistant.towers import (
     ResNetShape,
@@ -32,6 +31,7 @@ from assistant.towers import (
     new_tower,
     normalised,
 )
+from training.arguments import loader_batch
 from training.config import (
     InstructStage,
     LanguageStage,
@@ -45,22 +45,25 @@ from training.config import (
     check_settings,
     objective_module,
 )
+from training.data.lesson_judge import LessonJudge
 from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, PictureSet, read_rows
-from training.data.samples import Mixture, SceneLessons, ShardLessons, Source, TextLessons, Views, kept_aside
-from training.data.scenes import EVALUATION_SEED, make_scene
+from training.data.samples import Mixture, Views, kept_aside
+from training.data.scenes import make_scene
 from training.data.sources import open_pictures, tars_of
 from training.data.tar_streams import StreamedViews, TarStream
 from training.data.texts import TextBlocks, TextRow, read_texts
+from training.instruct_start import build_instruct_objective
+from training.lesson_sets import HELD_OUT_SEED, lesson_sets
+from training.monitors import TowerMonitor
 from training.objective import Objective, Start
 from training.objectives.instruct import InstructObjective, Lesson
 from training.objectives.language import LanguageObjective
+from training.sample_names import NamesSamples
 from training.sharding import gather_weights
 from training.tokenizer import fast_tokenizer, train_sentencepiece
-from training.trainer import loader_batch, train
+from training.trainer import train
 
-HELD_OUT_SEED = EVALUATION_SEED + 500_000_000  # scenes that validate; evaluation uses those below
-LONGEST_PROMPT_CHARACTERS = 300
 CALIBRATION_LESSONS = 48  # pictures whose features set the scale of a new projector
 
 
@@ -77,6 +80,11 @@ class Workshop:
             if folder.is_dir():
                 return folder
         raise RecipeError(f"{stage_or_folder} is neither a finished stage of {self.runs} nor a folder")
+
+    def named(self, stage_folder_or_hub_name: str) -> str | Path:
+        """What the stage of that name exported, where there is one; else the name itself, of a folder or on the hub."""
+        finished = self.runs / stage_folder_or_hub_name / "output"
+        return finished if finished.is_dir() else stage_folder_or_hub_name
 
     def data_folder(self) -> Path:
         """The data folder. Raises DataError when none was given."""
@@ -110,12 +118,13 @@ def run_tower(stage: TowerStage, workshop: Workshop) -> dict[str, float]:
     train_set: StreamedViews | Mixture[Any]
     if stage.mixture[0].stream:
         validating = opened(stage.held_out, stage.side, workshop, HELD_OUT_SEED)
-        train_set = StreamedViews(opened_stream(stage, workshop, objective), objective.sample)
+        train_set = StreamedViews(opened_stream(stage, workshop, objective), NamesSamples(objective.sample))
     else:
         trained, validating = trained_and_validating(stage, workshop)
         train_set = view_mixture(objective, trained, stage.mixture, samples_of(stage.schedule), seed)
     held_out = view_mixture(objective, validating, stage.held_out or stage.mixture, stage.held_out_samples, seed)
-    return _train_and_export(objective, stage, workshop, train_set, held_out, stage.layer_decay)
+    monitor = opened_monitor(stage, validating, workshop)
+    return _train_and_export(objective, stage, workshop, train_set, held_out, stage.layer_decay, monitor)
 
 
 def trained_and_validating(
@@ -127,6 +136,18 @@ def trained_and_validating(
         return trained, opened(stage.held_out, stage.side, workshop, HELD_OUT_SEED)
     trained, validating = zip(*(kept_aside(pictures) for pictures in trained), strict=True)
     return trained, validating
+
+
+def opened_monitor(stage: TowerStage, validating: Sequence[PictureSet], workshop: Workshop) -> TowerMonitor | None:
+    """What looks at the tower of `stage` while it trains: on `validating`, and on what its `monitor` names."""
+    wanted = stage.monitor
+    if wanted is None:
+        return None
+    named = [
+        None if source is None else opened((source,), stage.side, workshop, HELD_OUT_SEED)[0]
+        for source in (wanted.labelled, wanted.pairs)
+    ]
+    return TowerMonitor(wanted, stage.side, stage.schedule.batch_size, validating, *named)
 
 
 def build_tower_objective(stage: TowerStage, workshop: Workshop) -> Objective:
@@ -187,33 +208,23 @@ def run_language(stage: LanguageStage, workshop: Workshop) -> dict[str, float]:
 
 def run_instruct(stage: InstructStage, workshop: Workshop) -> dict[str, float]:
     """Join a LLaVA or go on with one, train the named parts, and export it."""
-    set_seed(stage.schedule.seed)
-    if stage.start_from is not None:
-        model, processor = load_llava(workshop.output(stage.start_from))
-    else:
-        model, processor = _join_stages(str(stage.tower), str(stage.language_model), workshop)
-    if stage.attention is not None:
-        model.set_attn_implementation(stage.attention)
-    objective = InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power, stage.rates)
-    side = processor.image_processor.size["height"]
-    samples = samples_of(stage.schedule)
-    train_set = lesson_mixture(stage, side, workshop, samples)
-    held_out = held_out_lessons(stage, side, workshop)
-    if stage.start_from is None:
-        views = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
-        calibrate_projector(model, normalised(torch.stack(views), processor.image_processor))
+    objective, train_set, held_out = prepared_lessons(stage, workshop)
     return _train_and_export(objective, stage, workshop, train_set, held_out)
 
 
-def _join_stages(tower: str, language_model: str, workshop: Workshop) -> tuple[Any, Any]:
-    folder = workshop.output(language_model)
-    seeing = load_tower(workshop.output(tower))
-    return join(
-        seeing.model,
-        LlamaForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-        seeing.image_processor,
-    )
+def prepared_lessons(
+    stage: InstructStage, workshop: Workshop
+) -> tuple[InstructObjective, Mixture[Lesson], Mixture[Lesson]]:
+    """What trains, what it trains on, and what it is validated on. Raises RecipeError or DataError."""
+    set_seed(stage.schedule.seed)
+    objective = build_instruct_objective(stage, workshop.named)
+    processor = objective.processor
+    judge, texts = LessonJudge(processor, stage.longest), text_sources(stage.texts, workshop)
+    train_set, held_out = lesson_sets(stage, judge, workshop.data_folder, texts, samples_of(stage.schedule))
+    if stage.start_from is None:
+        views = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
+        calibrate_projector(objective.model, normalised(torch.stack(views), processor.image_processor))
+    return objective, train_set, held_out
 
 
 def samples_of(schedule: Schedule) -> int:
@@ -228,9 +239,10 @@ def _train_and_export(
     train_set: Any,
     held_out: Any,
     layer_decay: float = 1.0,
+    monitor: TowerMonitor | None = None,
 ) -> dict[str, float]:
     folder = workshop.runs / stage.name
-    scores = train(objective, stage.schedule, train_set, held_out, folder, layer_decay)
+    scores = train(objective, stage.schedule, train_set, held_out, folder, layer_decay, monitor)
     state = PartialState()
     gather_weights(objective)
     if state.is_main_process:
@@ -309,27 +321,5 @@ def view_mixture(
     objective: Objective, pictures: Sequence[PictureSet], sources: Sequence[PictureSource], samples: int, seed: int
 ) -> Mixture[Any]:
     """What `objective` makes of `pictures`, a set for each of `sources`, for `samples` places."""
-    views = [Views(some, objective.sample) for some in pictures]
+    views = [Views(some, NamesSamples(objective.sample)) for some in pictures]
     return Mixture(views, [source.weight for source in sources], samples, seed)
-
-
-def lesson_mixture(stage: InstructStage, side: int, workshop: Workshop, samples: int) -> Mixture[Lesson]:
-    """Lessons to train on, for `samples` places."""
-    lessons: list[Source[Lesson]] = [_lessons(source, stage, side, workshop, 0, True) for source in stage.mixture]
-    lessons += [TextLessons(rows, LONGEST_PROMPT_CHARACTERS) for rows in text_sources(stage.texts, workshop)]
-    weights = [source.weight for source in stage.mixture] + [source.weight for source in stage.texts]
-    return Mixture(lessons, weights, samples, stage.schedule.seed)
-
-
-def held_out_lessons(stage: InstructStage, side: int, workshop: Workshop) -> Mixture[Lesson]:
-    """Lessons to validate on, not augmented."""
-    lessons = [_lessons(source, stage, side, workshop, HELD_OUT_SEED, False) for source in stage.held_out]
-    return Mixture(lessons, [s.weight for s in stage.held_out], stage.held_out_samples, stage.schedule.seed)
-
-
-def _lessons(
-    source: PictureSource, stage: InstructStage, side: int, workshop: Workshop, first_scene: int, augment: bool
-) -> Source[Lesson]:
-    if source.scenes is not None:
-        return SceneLessons(source.scenes, side, first_scene)
-    return ShardLessons(workshop.data_folder(), str(source.shard), source.use, side, stage.turns, augment)

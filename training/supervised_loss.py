@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def supervised_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, token_weights: Tensor, chunk: int = 1024
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    chunk: int = 1024,
+    total_weight: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean of -log softmax(hidden @ head.T)[target].
 
@@ -17,13 +22,16 @@ def supervised_cross_entropy(
         targets: (S,) token ids.
         token_weights: (S,) weight of each token, all 1 for the usual mean.
         chunk: tokens whose (chunk, V) logits are alive at once.
+        total_weight: () what the weighted sum is divided by, where it is not the sum of these weights.
 
     The gradient is the closed form (softmax - one hot), computed along with the loss, so memory is O(chunk * V + V * D)
-    instead of O(S * V). Equal to `torch.nn.functional.cross_entropy` on the same logits. Raises ValueError when S is 0.
+    instead of O(S * V); a head that does not train costs no gradient. Equal to `torch.nn.functional.cross_entropy` on
+    the same logits. Raises ValueError when S is 0.
     """
     if targets.numel() == 0:
         raise ValueError("no token of this batch is supervised; check the data with the recipe's preview")
-    return _ChunkedCrossEntropy.apply(hidden, head, targets, token_weights / token_weights.sum(), chunk)
+    divisor = token_weights.sum() if total_weight is None else total_weight
+    return _ChunkedCrossEntropy.apply(hidden, head, targets, token_weights / divisor, chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -34,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         narrow_hidden, narrow_head = hidden.to(dtype), head.to(dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(narrow_hidden)
-        head_gradient = torch.zeros_like(head, dtype=torch.float32)
+        head_gradient = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = (narrow_hidden[part] @ narrow_head.T).float()
@@ -43,11 +51,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += (weight * (log_normaliser - logits.gather(-1, target))).sum()
             gradient = logits.sub_(log_normaliser).exp_().mul_(weight).scatter_add_(-1, target, -weight).to(dtype)
             hidden_gradient[part] = gradient @ narrow_head
-            head_gradient += gradient.T @ narrow_hidden[part]
-        ctx.save_for_backward(hidden_gradient.to(hidden.dtype), head_gradient.to(head.dtype))
+            if head_gradient is not None:
+                head_gradient += gradient.T @ narrow_hidden[part]
+        own = None if head_gradient is None else head_gradient.to(head.dtype)
+        ctx.save_for_backward(hidden_gradient.to(hidden.dtype), own)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
-        return outputs[0] * hidden_gradient, outputs[0] * head_gradient, None, None, None
+        to_head = None if head_gradient is None else outputs[0] * head_gradient
+        return outputs[0] * hidden_gradient, to_head, None, None, None

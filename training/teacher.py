@@ -1,15 +1,17 @@
-"""A frozen copy of a module that follows it as a moving average."""
+"""A frozen copy of a module that follows it as a moving average, and how much its probabilities tell."""
 
 import copy
+import math
 from typing import Generic, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.sharding import local
 
 Student = TypeVar("Student", bound=nn.Module)
+MOST_ASKED = 32  # samples a step whose entropy is taken; all of them would cost as much as a part of the loss
 
 
 class Teacher(nn.Module, Generic[Student]):
@@ -53,3 +55,19 @@ def names_outside_teachers(module: nn.Module) -> set[str]:
     """The parameters of `module`, by name, that are in none of the teachers which it has as children."""
     teachers = tuple(f"{name}." for name, child in module.named_children() if isinstance(child, Teacher))
     return {name for name, _ in module.named_parameters() if not name.startswith(teachers)}
+
+
+@torch.no_grad()
+def target_facts(probabilities: Tensor) -> dict[str, Tensor]:
+    """For the log: how sharp a teacher's (B, G, K) probabilities are, and how many prototypes its samples use.
+
+    `teacher_entropy` is the mean entropy of one crop's probabilities as a share of ln K: 1 where all prototypes are
+    alike to it, 0 where it names one. `prototypes_used` is the exponential of the entropy of the mean over all crops of
+    this rank: 1 where all of them name the same one. DINO collapses to the first without sharpening, and to the second
+    without centring (Caron et al. 2021, section 5.3).
+    """
+    asked, everyone = probabilities[:MOST_ASKED].float(), probabilities.float().flatten(0, -2).mean(0)
+    return {
+        "teacher_entropy": torch.special.entr(asked).sum(-1).mean() / math.log(probabilities.shape[-1]),
+        "prototypes_used": torch.special.entr(everyone).sum().exp(),
+    }

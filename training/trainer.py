@@ -1,9 +1,9 @@
 """Run any objective on `transformers.Trainer`: the only training loop."""
 
-import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,29 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
+from training.arguments import compile_layers, training_arguments
 from training.cached_step import cached_step
+from training.callbacks import AroundStep, HearsStop, KeepsLog, WeightDecay
+from training.checkpoints import PARTIAL, keeps_the_one_before, newest_whole, plain_words_when_full, publish
 from training.config import Schedule
 from training.data.tar_streams import StreamedViews
+from training.diagnosis import Expected
+from training.finite_steps import FiniteSteps
+from training.gather import ranks
+from training.meter import Meter
+from training.monitors import FEWEST, TowerMonitor, in_words
 from training.objective import Objective, WholeBatchObjective, total_loss
-from training.schedules import cosine
+from training.progress import ProgressLine
+from training.random_state import kept_random_state, only_looking
+from training.reporting import require_reporter
+from training.run_log import RunLog
+from training.sample_names import NAMES, CollatesNames
 from training.sharding import is_sharded, load_whole_weights
+from training.step_weight import SharesStepWeight
+from training.stopping import StopRequest
 
 WEIGHTS = "objective.safetensors"
 PARTS = "parts"  # the key of a batch that comes in micro-batches
@@ -36,37 +49,7 @@ def freeze_all_but(objective: nn.Module, trained: set[str]) -> None:
         parameter.requires_grad_(name in trained)
 
 
-def has_fast_bf16() -> bool:
-    """Whether bf16 matrix products are faster than fp32 here (a GPU, or a CPU with avx512_bf16 or amx_bf16)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    cpu_facts = Path("/proc/cpuinfo")
-    return cpu_facts.is_file() and any(flag in cpu_facts.read_text() for flag in ("avx512_bf16", "amx_bf16"))
-
-
-def compile_layers(objective: nn.Module) -> None:
-    """Compile each layer of each stack of layers in place; names and weights stay as they are.
-
-    Layer by layer, because compiling a whole model takes minutes, and lengths that change would start it again. Raises
-    ValueError where there is no C++ compiler.
-    """
-    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        raise ValueError("compile: true needs a C++ compiler: install g++, or say compile: false in the schedule")
-    for stack in objective.modules():
-        if isinstance(stack, nn.ModuleList):
-            for layer in stack:
-                layer.compile()
-
-
-@dataclass
-class _Logged:
-    """Sums of what the objective returned since the last log line."""
-
-    sums: dict[str, float]
-    count: int = 0
-
-
-class ObjectiveTrainer(Trainer):
+class ObjectiveTrainer(SharesStepWeight, Trainer):
     """The trainer of an objective: samples come in the dataset's own order, so that resuming is exact."""
 
     def __init__(
@@ -77,18 +60,35 @@ class ObjectiveTrainer(Trainer):
         train: Dataset[Any],
         held_out: Dataset[Any],
         layer_decay: float = 1.0,
+        monitor: TowerMonitor | None = None,
     ) -> None:
+        """Checkpoints, log and curves go into `folder`; `monitor` looks at the tower on the way."""
         freeze_all_but(objective, objective.trained_parameters())
         self.layer_decay = layer_decay
+        self.objective, self.monitor = objective, monitor
+        streamed = isinstance(train, StreamedViews)
+        log = RunLog(folder / "log.jsonl")
+        self.progress = ProgressLine(folder.name)
+        self.finite = FiniteSteps(objective, schedule.on_nan, log, self.progress.say)
+        self.stop = StopRequest()
         super().__init__(
             model=objective,
-            args=training_arguments(schedule, folder / "checkpoints", objective),
+            args=training_arguments(schedule, folder / "checkpoints", objective, streamed),
             train_dataset=train,
             eval_dataset=held_out,
             data_collator=_collator(objective, schedule),
-            callbacks=[_AroundStep(objective), _WeightDecay(schedule), _WriteLog(folder / "log.jsonl")],
+            callbacks=[self.finite, AroundStep(objective, self.finite), WeightDecay(schedule), HearsStop(self.stop)],
         )
-        self._logged = _Logged({})
+        self.samples_a_step = schedule.batch_size * schedule.accumulation * ranks()
+        watched = objective.watched(self.samples_a_step)
+        expected = Expected(schedule.steps, self.samples_a_step, watched.untaught, watched.largest, watched.finds)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(KeepsLog(log, expected, self.progress.say))
+        self.add_callback(self.progress)
+        self.meter = Meter()
+        self._names: list[str] = []  # of the samples of a micro-batch, or of all of a step
+        self._looked: int | None = None  # the step of the last look
+        self._writing: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -97,9 +97,13 @@ class ObjectiveTrainer(Trainer):
         """Of a stream each rank reads its own share, and goes on where it stood without reading what came before."""
         if not isinstance(self.train_dataset, StreamedViews):
             return super().get_train_dataloader()
-        self.args.ignore_data_skip = True
-        size, workers = self.args.per_device_train_batch_size, self.args.dataloader_num_workers
-        return DataLoader(self.train_dataset, size, collate_fn=self.data_collator, num_workers=workers)
+        return DataLoader(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # else it draws from the state that a resumed run has to find as it was
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a group for each rate, with and without weight decay.
@@ -130,6 +134,9 @@ class ObjectiveTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; of several parts at once where the loss compares them with each other."""
+        inputs = dict(inputs)
+        self._names = inputs.pop(NAMES)
+        self._count(inputs.get(PARTS, [inputs]))
         if PARTS not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -147,26 +154,108 @@ class ObjectiveTrainer(Trainer):
         return (loss, values) if return_outputs else loss
 
     def _note(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._logged.sums[name] = self._logged.sums.get(name, 0.0) + float(value.detach())
-        self._logged.count += 1
+        numbers = {name: float(value.detach()) for name, value in values.items()}
+        if self.finite.note(self._names, numbers):
+            self.meter.note(numbers)
+
+    def _count(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        tokens = [count for part in parts if (count := self.objective.tokens_of(part)) is not None]
+        self.meter.trained_on(sum(tokens) if tokens else len(self._names), "tokens" if tokens else "samples")
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Time that does not count as training; random state is as it was."""
+        with self.meter.standing(), kept_random_state():
+            yield
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.finite.gradient_norm = 0.0 if norm is None else float(norm)  # DeepSpeed clips and counts by itself
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the objective's own values to each training line."""
-        if "loss" in logs and self._logged.count:
-            logs |= {name: round(value / self._logged.count, 5) for name, value in self._logged.sums.items()}
-            self._logged = _Logged({})
-        super().log(logs, start_time)
+        """Adds the means of the objective's own values and the speed to each training line."""
+        if "loss" in logs:
+            logs |= self.meter.line()
+        super().log({name: value for name, value in logs.items() if math.isfinite(value)}, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """The loss of one held-out batch."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != NAMES})
         parts = inputs.get(PARTS, [inputs])
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [total_loss(model(**part)) for part in parts]
             return torch.stack(losses).mean(), None, None
+
+    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """The held-out scores; random state stays, so that a run which skips an evaluation is the same run."""
+        with self._not_training():
+            return super().evaluate(*arguments, **named)
+
+    def held_out_scores(self) -> dict[str, float]:
+        """The held-out scores of this step: those of the log where it has them, else they are measured."""
+        for line in reversed(self.state.log_history):
+            if line["step"] == self.state.global_step and "eval_loss" in line:
+                return {name: value for name, value in line.items() if name != "step"}
+        return self.evaluate()
+
+    def look(self) -> None:
+        """Let the monitor look at the tower, on the main process alone, where a look is due at this step."""
+        step, last = self.state.global_step, self.state.max_steps
+        if self.monitor is None or self._looked == step or (step % self.monitor.every and step != last):
+            return
+        first, self._looked = self._looked is None, step
+        if not self.is_world_process_zero():
+            return
+        if is_sharded(self.objective) or self.monitor.pictures is None:
+            if first:
+                why = "FSDP spreads the weights" if is_sharded(self.objective) else f"fewer than {FEWEST} are held out"
+                self.progress.say(f"no pictures are looked at while it trains: {why}")
+            return
+        with self.meter.standing(), only_looking(self.objective), self.compute_loss_context_manager():
+            values = self.monitor.measure(self.objective.watched(self.samples_a_step))
+        should_log = self.control.should_log  # logging takes it back, and the step's own line is still to come
+        self.log(values)
+        self.control.should_log = should_log
+        self.progress.say(f"step {step}: {in_words(values)}")
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+        self.look()
+        super()._maybe_log_save_evaluate(*arguments, **named)
+
+    def _run_epoch(self, *arguments: Any, **named: Any) -> None:
+        if self.state.global_step == 0:
+            self.look()
+        super()._run_epoch(*arguments, **named)
+
+    def _inner_training_loop(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            with self.stop:
+                return super()._inner_training_loop(*arguments, **named)
+        finally:
+            self.progress.close()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write it aside, and give it its name once it is whole; all ranks must call."""
+        checkpoints = Path(str(self.args.output_dir))
+        with self._not_training(), keeps_the_one_before(checkpoints, self.state.global_step):
+            if self.args.should_save:
+                shutil.rmtree(checkpoints / PARTIAL, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._writing = checkpoints / PARTIAL
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._writing = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(checkpoints / PARTIAL, kept=self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -177,6 +266,8 @@ class ObjectiveTrainer(Trainer):
             once = dict.fromkeys(name for name, _ in chain(self.model.named_parameters(), self.model.named_buffers()))
             save_file({name: state_dict[name].contiguous() for name in once if name in state_dict}, folder / WEIGHTS)
         torch.save(self.args, folder / "training_args.bin")
+        if self.monitor is not None:
+            self.monitor.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model, weights = model or self.model, Path(resume_from_checkpoint) / WEIGHTS
@@ -184,61 +275,20 @@ class ObjectiveTrainer(Trainer):
             load_whole_weights(model, load_file(weights))
         else:
             load_model(model, str(weights), strict=True)
+        if self.monitor is not None:
+            self.monitor.load(Path(resume_from_checkpoint))
 
 
 def _collator(objective: Objective, schedule: Schedule) -> Callable[[Sequence[Any]], Mapping[str, Any]]:
     """The objective's own; where a step of a whole-batch objective is accumulated, a list of micro-batches."""
     if schedule.accumulation == 1 or not isinstance(objective, WholeBatchObjective):
-        return objective.collate
+        return CollatesNames(objective.collate)
     size = schedule.batch_size
 
     def collate_parts(samples: Sequence[Any]) -> Mapping[str, Any]:
         return {PARTS: [objective.collate(samples[i : i + size]) for i in range(0, len(samples), size)]}
 
-    return collate_parts
-
-
-class _AroundStep(TrainerCallback):
-    """Tells the objective where the run stands."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        self.objective.begin_step(state.global_step, state.max_steps)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        self.objective.before_update(state.global_step, state.max_steps)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        self.objective.after_step(state.global_step, state.max_steps)
-
-
-class _WeightDecay(TrainerCallback):
-    """Moves the weight decay along a cosine, as DINO does (Caron et al. 2021, section 3.1)."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.start, self.end = schedule.weight_decay, schedule.final_weight_decay
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **unused: Any) -> None:
-        if self.end is None:
-            return
-        for group in optimizer.param_groups:
-            if group["decays"]:
-                group["weight_decay"] = cosine(self.start, self.end, state.global_step, state.max_steps)
-
-
-class _WriteLog(TrainerCallback):
-    """Appends every log line to a file that outlives the run."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **unused: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        with self.file.open("a") as sink:
-            sink.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+    return CollatesNames(collate_parts)
 
 
 def train(
@@ -248,58 +298,31 @@ def train(
     held_out: Dataset[Any],
     folder: Path,
     layer_decay: float = 1.0,
+    monitor: TowerMonitor | None = None,
 ) -> dict[str, float]:
-    """Train `objective`, going on from the newest checkpoint in `folder`, and return its held-out scores."""
+    """Train `objective`, going on from the newest whole checkpoint in `folder`, and return its held-out scores.
+
+    Raises:
+        TrainingError: a loss that is not finite, no room on the disk, or no whole checkpoint among those there are.
+        KeyboardInterrupt: a stop was requested; the checkpoint is saved.
+    """
+    require_reporter(schedule.report_to)
     folder.mkdir(parents=True, exist_ok=True)
     if schedule.gradient_checkpointing:
         objective.gradient_checkpointing_enable({"use_reentrant": False})
     if schedule.compile:
         compile_layers(objective)
-    trainer = ObjectiveTrainer(objective, schedule, folder, train_set, held_out, layer_decay)
-    checkpoints = folder / "checkpoints"
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    newest, faults = newest_whole(folder / "checkpoints")
+    trainer = ObjectiveTrainer(objective, schedule, folder, train_set, held_out, layer_decay, monitor)
+    if faults and trainer.is_world_process_zero():
+        trainer.progress.say(f"going on from {newest}; passed over {'; '.join(faults)}")
     if newest and isinstance(train_set, StreamedViews):
-        state = TrainerState.load_from_json(str(Path(newest) / TRAINER_STATE_NAME))
+        state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
         train_set.go_on_after(state.global_step * schedule.batch_size * schedule.accumulation)
-    trainer.train(resume_from_checkpoint=newest)
-    return trainer.evaluate()
-
-
-def loader_batch(schedule: Schedule, objective: Objective) -> int:
-    """Samples that come at once: all of a step where the step itself splits them, else one micro-batch."""
-    return schedule.batch_size * (schedule.accumulation if isinstance(objective, WholeBatchObjective) else 1)
-
-
-def training_arguments(schedule: Schedule, checkpoints: Path, objective: Objective) -> TrainingArguments:
-    """What `schedule` says, in transformers' words."""
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=loader_batch(schedule, objective),
-        per_device_eval_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=1 if isinstance(objective, WholeBatchObjective) else schedule.accumulation,
-        learning_rate=schedule.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": schedule.final_rate},
-        warmup_steps=schedule.warmup_steps,
-        weight_decay=schedule.weight_decay,
-        adam_beta2=schedule.beta2,
-        max_grad_norm=1.0,
-        bf16=has_fast_bf16() if schedule.bf16 is None else schedule.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=schedule.log_every,
-        logging_first_step=True,
-        eval_strategy="steps",
-        eval_steps=schedule.evaluate_every,
-        save_strategy="steps",
-        save_steps=schedule.save_every,
-        save_total_limit=2,
-        dataloader_num_workers=schedule.workers,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=[],
-        seed=schedule.seed,
-        data_seed=schedule.seed,
-        report_to="none",
-        log_level="warning",
-    )
+    with plain_words_when_full(folder):
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        if trainer.stop.made:
+            if trainer.is_world_process_zero():
+                trainer.progress.say(f"saved the checkpoint of step {trainer.state.global_step}")
+            raise KeyboardInterrupt
+        return trainer.held_out_scores()

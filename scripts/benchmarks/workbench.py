@@ -23,10 +23,11 @@ from transformers import Trainer
 
 from assistant.towers import Tower, ViTShape, new_tower
 from scripts.benchmarks.peer_weights import for_timm
+from training.arguments import training_arguments
 from training.config import Schedule
 from training.data.pictures import Picture
 from training.objective import Objective, Start, total_loss
-from training.trainer import ObjectiveTrainer, training_arguments
+from training.trainer import ObjectiveTrainer
 
 Family = Literal["clip", "siglip", "dinov2", "vit"]
 STEPS = 1_000_000  # of the run that a step is taken from: schedules stand nearly still

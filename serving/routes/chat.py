@@ -8,9 +8,9 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from assistant.images import PictureError, PictureLimits, decode_data_url, encode_data_url, open_picture
+from assistant.plain_text import PlainText, SpecialTextError
 from serving.engine import Engine, Phase
 from serving.errors import ApiError
-from serving.plain_text import PlainText, SpecialTextError
 from serving.protocol import ChatRequest, Message, PicturePart, TextPart
 from serving.upstream import Upstream
 

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from assistant.images import PictureError, open_picture
+from assistant.pixels import pixels_of
 from training.data.catalogue import EncodedPictures
-from training.data.pictures import DataError, Picture, pixels_of
+from training.data.pictures import DataError, Picture
 from training.data.pixel_cache import DEFAULT_MEMORY, PixelMemory, pixel_file, shared_zeros
 
 SPARE = 1.5  # shorter side that is kept, in sides of a view: a crop of 44 % of the area and more is never enlarged
@@ -44,16 +45,20 @@ def decode(content: bytes | Path, name: str, side: int) -> Tensor:
     return pixels_of(picture)
 
 
-def check_damage(source: str, share: float, damaged: int, of: int, names: Sequence[str]) -> None:
-    """Raises DataError when `damaged` of `of` pictures of `source` are more than the share that may be damaged.
+def too_many(share: float, damaged: int, of: int) -> bool:
+    """Whether `damaged` of `of` are more than the share that may be; one may always be unless the share is 0."""
+    return damaged > math.ceil(share * of)
 
-    One may always be damaged unless the share is 0. `names` are those of a few of them.
-    """
-    if damaged <= math.ceil(share * of):
+
+def check_damage(
+    source: str, share: float, damaged: int, of: int, names: Sequence[str], what: str = "pictures cannot be read"
+) -> None:
+    """Raises DataError when `damaged` of `of` things of `source` are `too_many`. `names` are those of a few of them."""
+    if not too_many(share, damaged, of):
         return
     listed = "; ".join(names[:NAMED]) + (" ..." if damaged > NAMED else "")
     raise DataError(
-        f"{source}: {damaged} of {of} pictures cannot be read, and the recipe lets a share of {share:g} be damaged. "
+        f"{source}: {damaged} of {of} {what}, and the recipe lets a share of {share:g} be damaged. "
         f"{listed}. Mend them or take them out, or allow more with `damaged: {_enough_share(damaged, of)}`"
     )
 

@@ -22,7 +22,7 @@ class TablePictures:
     ) -> None:
         """`name` is a hub name, or the path of a local folder or Parquet file."""
         self.name = str(name)
-        table = _load(name, split)
+        table = load_split(name, split)
         for column in (image_column, text_column, label_column):
             if column is not None and column not in table.column_names:
                 raise DataError(f"the dataset {name} has no column {column}, but {', '.join(table.column_names)}")
@@ -47,7 +47,8 @@ class TablePictures:
         return f"{self.name} " + stamp_of([Path(file["filename"]) for file in self.pictures.cache_files])
 
 
-def _load(name: str | Path, split: str) -> "Dataset":
+def load_split(name: str | Path, split: str) -> "Dataset":
+    """One split of a dataset on the hub (a text), or of a local folder or Parquet file (a path). Raises DataError."""
     # Late: importing the library takes a second, and most runs do not read such tables.
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 
 from assistant.images import PictureError, open_picture
+from assistant.pixels import pixels_of
 from training.data.catalogue import Catalogue, stamp_of
 from training.data.pixel_cache import DEFAULT_MEMORY, PixelMemory
 
@@ -144,8 +144,3 @@ def picture_of(row: PictureRow) -> Image.Image:
         return open_picture(row.encoded, name=row.id)
     except PictureError as error:
         raise DataError(f"row {row.id} of {row.shard}: {error}") from error
-
-
-def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W) pixels of an RGB picture."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

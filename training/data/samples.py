@@ -7,9 +7,10 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
+from assistant.pixels import pixels_of
 from assistant.questions import CAPTION_QUESTION
-from training.data.mixing import mixture_plan
-from training.data.pictures import DataError, DecodedPictures, Picture, PictureRow, PictureSet, pixels_of, read_rows
+from training.data.mixing import Phase, mixture_plan, phased_plan
+from training.data.pictures import DataError, DecodedPictures, Picture, PictureRow, PictureSet, read_rows
 from training.data.scenes import make_scene
 from training.data.texts import TextRow
 from training.data.views import mirrors_safely, random_view, square
@@ -41,10 +42,17 @@ class Source(Protocol[Sample]):
 class Mixture(Dataset[Sample], Generic[Sample]):
     """`total` samples mixed from weighted sources; place n is the same sample on every run."""
 
-    def __init__(self, sources: Sequence[Source[Sample]], weights: Sequence[float], total: int, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source[Sample]], weights: Sequence[float] | Sequence[Phase], total: int, seed: int
+    ) -> None:
+        """`weights` are the sources' shares, or phases in which they change."""
         self.sources = sources
         self.seed = seed
-        self.source_of, self.index_of = mixture_plan([len(s) for s in sources], weights, total, seed)
+        sizes = [len(s) for s in sources]
+        phases = [weight for weight in weights if isinstance(weight, Phase)]
+        shares = [weight for weight in weights if not isinstance(weight, Phase)]
+        plan = phased_plan(sizes, phases, total, seed) if phases else mixture_plan(sizes, shares, total, seed)
+        self.source_of, self.index_of = plan
 
     def __len__(self) -> int:
         return len(self.source_of)

@@ -6,13 +6,14 @@ from itertools import chain
 from pathlib import Path
 from random import Random
 
+from assistant.pixels import pixels_of
 from training.config import PictureSource
 from training.data.caption_files import CaptionedPictures
 from training.data.catalogue import EncodedPictures, stamp_of, texts_of
 from training.data.decoding import DecodedSet
 from training.data.folders import FolderPictures
 from training.data.hub_datasets import TablePictures
-from training.data.pictures import Picture, PictureSet, ShardPictures, pixels_of
+from training.data.pictures import Picture, PictureSet, ShardPictures
 from training.data.scenes import SMALLEST_SIDE, Scene, make_scene
 from training.data.tars import TarPictures, expand_tars
 
@@ -29,7 +30,7 @@ def open_pictures(
     if source.scenes is not None:
         return ScenePictures(source.scenes, side, source.use, first_scene)
     name, encoded = open_encoded(source, data_folder)
-    cache = None if source.cache is None else _located(source.cache, data_folder)
+    cache = None if source.cache is None else located(source.cache, data_folder)
     return DecodedSet(name, encoded, source.use, side, source.damaged, int(source.memory * 2**30), cache)
 
 
@@ -38,16 +39,16 @@ def open_encoded(source: PictureSource, data_folder: Callable[[], Path]) -> tupl
     if source.shard is not None:
         return f"shard {source.shard}", ShardPictures(data_folder(), source.shard)
     if source.folder is not None:
-        folder = _located(source.folder, data_folder)
+        folder = located(source.folder, data_folder)
         return f"folder {folder}", FolderPictures(folder)
     if source.captions is not None:
-        file = _located(source.captions, data_folder)
+        file = located(source.captions, data_folder)
         return f"caption file {file}", CaptionedPictures(file)
     if source.tars is not None:
         return f"tars {source.tars}", TarPictures(tars_of(source, data_folder))
     if source.dataset is not None:
         local = source.dataset.startswith(("/", "~", "."))
-        place = _located(source.dataset, data_folder) if local else source.dataset
+        place = located(source.dataset, data_folder) if local else source.dataset
         columns = (source.image_column, source.text_column, source.label_column)
         return f"dataset {source.dataset}", TablePictures(place, source.split, *columns)
     raise ValueError("a source of scenes has no encoded pictures")
@@ -63,10 +64,11 @@ def name_and_stamp(source: PictureSource, data_folder: Callable[[], Path]) -> tu
 
 def tars_of(source: PictureSource, data_folder: Callable[[], Path]) -> list[Path]:
     """The tars of a source of tars, in order. Raises DataError when one is missing."""
-    return expand_tars(str(_located(str(source.tars), data_folder)))
+    return expand_tars(str(located(str(source.tars), data_folder)))
 
 
-def _located(path: str, data_folder: Callable[[], Path]) -> Path:
+def located(path: str, data_folder: Callable[[], Path]) -> Path:
+    """A path of a recipe; a relative one counts from the data folder, which is asked for only then."""
     expanded = Path(path).expanduser()
     return expanded if expanded.is_absolute() else Path(os.path.normpath(data_folder() / expanded))
 

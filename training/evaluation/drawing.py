@@ -1,51 +1,60 @@
-"""Draw what a tower looks at: pictures beside their attention maps, their patches as colours, and their neighbours."""
+"""Draw a sheet of pictures in lines, each with a title and, where there is one, a map of where somebody looks."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.nn import functional
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-INCHES = 1.6  # of a picture on the sheet
+INCHES = 1.6  # of a cell on the sheet
+TITLE_INCHES = 0.3
 DOTS_PER_INCH = 120
+LONGEST_TITLE = 26  # characters that fit above a cell
 
 
-def draw_sheet(
-    pictures: Tensor, names: Sequence[str], maps: Tensor | None, colours: Tensor, file: Path, others: Sequence[str] = ()
-) -> None:
-    """Write a sheet with a row for each picture: itself, its patches as colours, and the map of each head.
+@dataclass(frozen=True)
+class Cell:
+    """A picture (H, W, 3), uint8 or from 0 to 1, its title, and a map (rows, columns) to lay over it."""
 
-    Args:
-        pictures: (B, 3, H, W) uint8.
-        names: what stands beside each row.
-        maps: (B, heads, rows, columns) from `attention_maps`; None where the tower has none.
-        colours: (B, rows, columns, 3) from `patch_colours`.
-        file: where it goes; its suffix decides the format (.png, .svg, .pdf).
-        others: a line of words below each row, such as its neighbours.
-    """
-    heads = 0 if maps is None else maps.shape[1]
-    columns = 2 + heads
-    figure = Figure((INCHES * columns, (INCHES + 0.35) * len(pictures)), layout="constrained")
+    picture: np.ndarray
+    title: str = ""
+    heat: np.ndarray | None = None
+
+
+def draw_sheet(lines: Sequence[Sequence[Cell]], file: Path) -> None:
+    """Write a sheet with `lines` of cells, one below the other; the suffix of `file` decides the format."""
+    columns = max(len(line) for line in lines)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure = Figure((INCHES * columns, (INCHES + TITLE_INCHES) * len(lines)), layout=layout)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
-    for row, picture in enumerate(pictures):
-        _show(axes[row][0], picture.permute(1, 2, 0), names[row])
-        _show(axes[row][1], colours[row], "patches" if row == 0 else "")
-        for head in range(heads):
-            assert maps is not None
-            _show(axes[row][2 + head], picture.permute(1, 2, 0), f"head {head + 1}" if row == 0 else "")
-            height, width = picture.shape[-2:]
-            smooth = functional.interpolate(maps[row, head][None, None], (height, width), mode="bilinear")
-            axes[row][2 + head].imshow(smooth[0, 0].numpy(), cmap="inferno", alpha=0.7)
-        if others:
-            axes[row][0].set_xlabel(others[row], fontsize=6, loc="left")
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    for row, line in enumerate(lines):
+        for column, axis in enumerate(axes[row]):
+            if column < len(line):
+                _show(axis, line[column])
+            else:
+                axis.axis("off")
     figure.savefig(file, dpi=DOTS_PER_INCH)
 
 
-def _show(axis: object, picture: Tensor, title: str) -> None:
-    axis.imshow(picture.numpy(), interpolation="nearest")  # type: ignore[attr-defined]
-    axis.set_title(title, fontsize=7)  # type: ignore[attr-defined]
-    axis.set_xticks([])  # type: ignore[attr-defined]
-    axis.set_yticks([])  # type: ignore[attr-defined]
+def _show(axis: Any, cell: Cell) -> None:
+    axis.imshow(cell.picture, interpolation="nearest")
+    if cell.heat is not None:
+        height, width = cell.picture.shape[:2]
+        over = (-0.5, width - 0.5, height - 0.5, -0.5)
+        axis.imshow(cell.heat, cmap="inferno", alpha=0.7, interpolation="bilinear", extent=over)
+    axis.set_title(shortened(cell.title, LONGEST_TITLE), fontsize=7, pad=3)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def shortened(text: str, most: int) -> str:
+    """`text` with its middle left out where it has more than `most` characters: names differ at their ends."""
+    if len(text) <= most:
+        return text
+    kept = most - 1
+    return f"{text[: kept - kept // 2]}…{text[-(kept // 2) :]}"

@@ -95,6 +95,44 @@ def check_labels(data: Mapping[str, PictureData], neighbours: int) -> list[str]:
     return sorted(counts)
 
 
+def check_options(data: Mapping[str, PictureData], shots: Sequence[int], templates: Sequence[str]) -> None:
+    """Raises DataError for templates without pictures to name, and for more shots than a label has pictures."""
+    if templates and "test" not in data:
+        raise DataError("--templates needs --test: labelled pictures that are to be named")
+    if not shots:
+        return
+    if "train" not in data:
+        raise DataError("--shots needs --train and --test: shots are drawn from labelled pictures")
+    counts = Counter(data["train"].labels())
+    label, fewest = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if not 1 <= min(shots) <= max(shots) <= fewest:
+        raise DataError(
+            f"--shots {','.join(map(str, shots))}: {data['train'].name} has {fewest} pictures of {label!r}; ask for 1 "
+            f"to {fewest}, or add pictures"
+        )
+
+
+def read_templates(file: Path) -> tuple[str, ...]:
+    """The wordings in `file`, one a line, each with `{}` where the label goes; blank lines are passed over.
+
+    Raises DataError naming the line at fault, or a file that cannot be read or has none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise DataError(f"--templates {file}: {reason}. Write one template a line, as: A photo of a {{}}.") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and "{}" not in line:
+            raise DataError(
+                f"{file}, line {number}: {line.strip()!r} has no {{}} for the label, as: A photo of a {{}}."
+            )
+    templates = tuple(line.strip() for line in lines if line.strip())
+    if not templates:
+        raise DataError(f"{file} has no template. Write one a line, with {{}} for the label, as: A photo of a {{}}.")
+    return templates
+
+
 def open_data(given: str, use: Use, data_folder: Callable[[], Path]) -> PictureData:
     """The pictures of `given` that have what `use` says.
 

@@ -47,16 +47,20 @@ def knn_labels(
     """
     if not 1 <= neighbours <= len(train):
         raise ValueError(f"{neighbours} neighbours of {len(train)} training features: ask for 1 to {len(train)}")
+    similarity, index = nearest(train, test, neighbours)
+    # Only ratios of weights matter; the largest exponent is 0, so that no temperature overflows.
+    shifted = similarity - similarity[:, :1]
+    weights = torch.ones_like(shifted) if temperature is None else (shifted / temperature).exp()
+    votes = weights.new_zeros(len(test), int(train_labels.max()) + 1)
+    return votes.scatter_add_(1, train_labels[index], weights).argmax(-1)
+
+
+def nearest(train: Tensor, test: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Cosines (Q, neighbours), largest first, and which of the (B, D) training features they are of, for (Q, D)."""
     train = functional.normalize(train.float(), dim=-1)
-    found = []
-    for queries in functional.normalize(test.float(), dim=-1).split(QUERIES_AT_ONCE):
-        similarity, index = (queries @ train.T).topk(neighbours, dim=-1)
-        # Only ratios of weights matter; the largest exponent is 0, so that no temperature overflows.
-        shifted = similarity - similarity[:, :1]
-        weights = torch.ones_like(shifted) if temperature is None else (shifted / temperature).exp()
-        votes = weights.new_zeros(len(queries), int(train_labels.max()) + 1)
-        found.append(votes.scatter_add_(1, train_labels[index], weights).argmax(-1))
-    return torch.cat(found)
+    parts = functional.normalize(test.float(), dim=-1).split(QUERIES_AT_ONCE)
+    found = [(queries @ train.T).topk(neighbours, dim=-1) for queries in parts]
+    return torch.cat([similarity for similarity, _ in found]), torch.cat([index for _, index in found])
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, seed: int = 
     classifier = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
     scaler, best, accuracy, start = StandardScaler().fit(part), 0.0, -1.0, (np.empty(0), np.empty(0))
     for regularisation in REGULARISATIONS:
-        _fit(classifier, scaler.transform(part), part_labels, regularisation)
+        fit(classifier, scaler.transform(part), part_labels, regularisation)
         right = float(classifier.score(scaler.transform(rest), rest_labels))
         if right > accuracy:
             best, accuracy, start = regularisation, right, (classifier.coef_.copy(), classifier.intercept_.copy())
@@ -104,13 +108,13 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, seed: int = 
             break
     classifier.coef_, classifier.intercept_ = start
     scaler = StandardScaler().fit(features)
-    converged = _fit(classifier, scaler.transform(features), labels, best)
+    converged = fit(classifier, scaler.transform(features), labels, best)
     predicted = classifier.predict(scaler.transform(test.float().cpu().numpy()))
     return LinearProbe(torch.from_numpy(predicted), best, accuracy, converged)
 
 
-def _fit(classifier: LogisticRegression, features: np.ndarray, labels: np.ndarray, regularisation: float) -> bool:
-    """Go on fitting `classifier` with another penalty; whether it came to the optimum."""
+def fit(classifier: LogisticRegression, features: np.ndarray, labels: np.ndarray, regularisation: float) -> bool:
+    """Fit `classifier` to (B, D) features and (B,) labels with that C; whether it came to the optimum."""
     classifier.C = regularisation
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said in the result instead

@@ -1,6 +1,7 @@
 """Contrastive pretraining with a softmax: each picture finds its text among all, and each text its picture."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from transformers import CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 from assistant.tower_shapes import LEGACY_END_ID
 from training.comparison import refuse_one_sample
 from training.contrastive_losses import clip_loss
-from training.objective import Start
+from training.objective import Start, Watched
 from training.picture_text import (
     PictureTextObjective,
     PictureTextSettings,
@@ -39,6 +40,11 @@ class ClipObjective(PictureTextObjective):
             representations["identity"],
         )
         return {"clip_loss": loss, **self.facts(representations)}
+
+    def watched(self, samples: int) -> Watched:
+        """Both halves; guessing evenly among the texts of a step costs the log of their number."""
+        halves = super().watched(samples)
+        return replace(halves, untaught={"clip_loss": math.log(samples)}, largest={"scale": LARGEST_SCALE})
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:

@@ -10,6 +10,7 @@ from assistant.towers import Tower
 from training.distillation_losses import Centre, crops_loss
 from training.objective import Start, given_tower
 from training.self_distillation import SelfDistillation, SelfDistillationSettings, spread
+from training.teacher import target_facts
 
 
 class Settings(SelfDistillationSettings):
@@ -51,7 +52,7 @@ class DinoObjective(SelfDistillation):
             self.centre.remember(scores)
         student = self.head(representations["student"])
         loss = crops_loss(student, targets, self.settings.student_temperature)
-        return {"crops_loss": loss, "teacher_spread": spread(teacher[:, 0])}
+        return {"crops_loss": loss, "teacher_spread": spread(teacher[:, 0]), **target_facts(targets)}
 
     def after_step(self, step: int, steps: int) -> None:
         """Move the teacher and the centre."""

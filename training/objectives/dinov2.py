@@ -24,7 +24,7 @@ from training.self_distillation import (
     patch_embedding_names,
     spread,
 )
-from training.teacher import Teacher, names_outside_teachers
+from training.teacher import Teacher, names_outside_teachers, target_facts
 
 
 class Settings(SelfDistillationSettings):
@@ -129,13 +129,15 @@ class DinoV2Objective(SelfDistillation):
         settings = self.settings
         student, teacher = representations["student"], representations["teacher"].detach()
         scores = self.head(student)
-        loss = crops_loss(scores, self._targets(teacher, self.teacher_head), settings.student_temperature)
+        targets = self._targets(teacher, self.teacher_head)
+        loss = crops_loss(scores, targets, settings.student_temperature)
         koleo = torch.stack([koleo_loss(student[:, crop]) for crop in range(LARGE_CROPS)]).sum()
         return {
             "crops_loss": loss,
             "patches_loss": settings.patches_weight * self._patches_loss(representations),
             "koleo_loss": settings.koleo_weight * koleo,
             "teacher_spread": spread(teacher[:, 0]),
+            **target_facts(targets),
         }
 
     @torch.no_grad()

@@ -1,21 +1,29 @@
 """Visual instruction tuning: predict the assistant's words, given pictures and the words before them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import LlavaProcessor
 
-from assistant.chat import IMAGE_TOKEN, EncodedConversation, assistant_message, encode_conversation, user_message
+from assistant.chat import IMAGE_TOKEN
 from assistant.checkpoint import save_llava
 from assistant.fusion import unused_tower_parameters
+from assistant.projectors import Llava, picture_features, picture_tokens, unused_projector_parameters
+from assistant.tower_shapes import output_side
 from assistant.towers import normalised
+from training.adapters import Adapter, export_adapted
+from training.feature_cache import FeatureCache, content_key
+from training.lessons import Lesson, PackedLesson, answers_of, in_one_row, in_rows, pack, tokens_per_picture
 from training.objective import Objective
+from training.segment_attention import attend_by_segments
+from training.sharding import is_sharded
 from training.supervised_loss import supervised_cross_entropy
+
+__all__ = ["PREFIXES", "InstructObjective", "Lesson", "Part", "tokens_per_picture"]
 
 Part = Literal["tower", "projector", "language"]
 PREFIXES: dict[Part, tuple[str, ...]] = {
@@ -23,31 +31,6 @@ PREFIXES: dict[Part, tuple[str, ...]] = {
     "projector": ("model.model.multi_modal_projector.",),
     "language": ("model.model.language_model.", "model.lm_head."),
 }
-LENGTH_MULTIPLE = 32  # tokens; each new length of a batch costs a CPU a fifth of a second of kernel preparation
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Pictures, uint8 (3, side, side) each, and what is asked about them, answer by answer.
-
-    The turns are independent of each other (each sees the pictures only) unless `is_dialogue`.
-    """
-
-    name: str
-    views: tuple[Tensor, ...]
-    turns: tuple[tuple[str, str], ...]
-    is_dialogue: bool = False
-
-
-@dataclass(frozen=True)
-class PackedLesson:
-    """T tokens of one lesson: a shared beginning, then its conversations side by side."""
-
-    ids: Tensor  # (T,) int64
-    supervised: Tensor  # (T,) bool
-    weights: Tensor  # (T,) float32
-    positions: Tensor  # (T,) int64
-    branch: Tensor  # (T,) int64; 0 is the shared beginning
 
 
 class InstructObjective(Objective):
@@ -59,13 +42,21 @@ class InstructObjective(Objective):
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
+        model: Llava,
         processor: LlavaProcessor,
         trains: Sequence[Part],
         longest: int,
         length_power: float = 0.0,
         rates: Mapping[Part, float] | None = None,
+        adapter: Adapter | None = None,
+        packing: bool = False,
+        features: FeatureCache | None = None,
     ) -> None:
+        """`features` keeps what a tower that does not train makes of pictures that come again as they are.
+
+        With an `adapter` it is what trains of the language model. With `packing` lessons lie in one row, without
+        padding between them, and attend by segments; the losses are the same.
+        """
         super().__init__()
         self.model = model
         self.processor = processor
@@ -73,19 +64,73 @@ class InstructObjective(Objective):
         self.longest = longest
         self.length_power = length_power
         self.rates = dict(rates or {})
+        self.adapter = adapter
+        self.packing = packing
+        self.features = features
+        if packing:
+            attend_by_segments(model.model.language_model)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Weighted mean loss over supervised tokens, and the share of them that greedy decoding would get right."""
-        hidden = self.model.model(
-            input_ids=batch["ids"],
-            pixel_values=normalised(batch["views"], self.processor.image_processor) if "views" in batch else None,
-            attention_mask=self._mask(batch["attends"]),
+        """Weighted loss over supervised tokens: their mean, or with `step_weight` their part of a whole step's.
+
+        `step_weight` is the sum of all weights of a step over its micro-batches and ranks, divided by their number:
+        the mean of the losses over them is then the weighted mean over all tokens of the step.
+        """
+        hidden = self.model.model.language_model(
+            inputs_embeds=self._embedded(batch),
             position_ids=batch["positions"],
             use_cache=False,
+            **self._attention(batch),
         ).last_hidden_state
         hidden = hidden[batch["predicts"]]
         head = self.model.get_output_embeddings().weight
-        return {"answer_loss": supervised_cross_entropy(hidden, head, batch["targets"], batch["weights"])}
+        loss = supervised_cross_entropy(
+            hidden, head, batch["targets"], batch["weights"], total_weight=batch.get("step_weight")
+        )
+        return {"answer_loss": loss}
+
+    def _embedded(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, T, D): words and picture tokens, each in its place."""
+        embedded = self.model.get_input_embeddings()(batch["ids"])
+        if "views" in batch:
+            seen = picture_tokens(self.model, self._features(batch)).to(embedded.dtype)
+            return embedded.masked_scatter((batch["ids"] == self._image_id)[..., None], seen)
+        if not _is_one_of_several_processes():
+            return embedded
+        # The others wait for this one wherever they exchange weights or gradients of the tower and the projector.
+        blank = {"views": torch.zeros(1, 3, *self._view_size, dtype=torch.uint8, device=embedded.device)}
+        return embedded + 0 * picture_tokens(self.model, self._features(blank)).sum()
+
+    def _features(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the projector reads of the views of `batch`; from the cache where there is one."""
+        if "tower" in self.trains:
+            return self._computed(batch["views"])
+        with torch.no_grad():
+            if self.features is None or "keys" not in batch:
+                return self._computed(batch["views"])
+            return self.features.features(batch["views"], batch["keys"], self._computed)
+
+    def _computed(self, views: Tensor) -> Tensor:
+        return picture_features(self.model, normalised(views, self.processor.image_processor))
+
+    def _attention(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"segments": batch["segments"]} if self.packing else {"attention_mask": self._mask(batch["attends"])}
+
+    def train(self, mode: bool = True) -> "InstructObjective":
+        """As torch's, but a tower that does not train never drops a layer: what it sees is always the same."""
+        super().train(mode)
+        if "tower" not in self.trains:
+            self.model.model.vision_tower.eval()
+        return self
+
+    @property
+    def _image_id(self) -> int:
+        return int(self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+    @property
+    def _view_size(self) -> tuple[int, int]:
+        side = output_side(self.processor.image_processor)
+        return side, side
 
     def _mask(self, attends: Tensor) -> Tensor:
         # transformers' eager attention adds its mask to the scores; the fused ones select with it.
@@ -93,106 +138,70 @@ class InstructObjective(Objective):
             return attends
         return torch.zeros(attends.shape, device=attends.device).masked_fill_(~attends, torch.finfo(torch.float16).min)
 
-    def collate(self, samples: Sequence[Lesson]) -> Mapping[str, Tensor]:
-        """ids, positions, predicts (B, T); attends (B, 1, T, T); targets, weights (S,); views (pictures, 3, H, W)."""
-        packed = [self.pack(lesson) for lesson in samples]
-        length = max(len(p.ids) for p in packed)
-        length += -length % LENGTH_MULTIPLE
-        pad = self.processor.tokenizer.pad_token_id
-        ids = torch.full((len(packed), length), pad)
-        positions = torch.zeros_like(ids)
-        attends = torch.eye(length, dtype=torch.bool).repeat(len(packed), 1, 1, 1)
-        predicts = torch.zeros(ids.shape, dtype=torch.bool)
-        targets, weights = [], []
-        for row, lesson in enumerate(packed):
-            size = len(lesson.ids)
-            ids[row, :size], positions[row, :size] = lesson.ids, lesson.positions
-            attends[row, 0, :size, :size] = attention_of(lesson.branch)
-            before = predictor_of(lesson)
-            # Sorted by the place that predicts, because boolean indexing of the hidden states reads them in order.
-            order = before.argsort()
-            predicts[row, before] = True
-            targets.append(lesson.ids[lesson.supervised][order])
-            weights.append(lesson.weights[lesson.supervised][order])
-        batch = {"ids": ids, "positions": positions, "attends": attends, "predicts": predicts}
-        batch |= {"targets": torch.cat(targets), "weights": torch.cat(weights)}
+    def collate(self, samples: Sequence[Lesson]) -> Mapping[str, Any]:
+        """One batch: ids, positions, predicts (B, T); targets, weights (S,); views (pictures, 3, H, W), keys of them.
+
+        Padded rows come with attends (B, 1, T, T); with packing B is 1 and the segments are named.
+        """
+        packed, pad = [self.pack(lesson) for lesson in samples], self.processor.tokenizer.pad_token_id
+        batch = (in_one_row if self.packing else in_rows)(packed, pad) | answers_of(packed)
         views = [view for lesson in samples for view in lesson.views]
-        return batch | {"views": torch.stack(views)} if views else batch
+        if views:
+            batch["views"] = torch.stack(views)
+            if self.features is not None:
+                batch["keys"] = torch.stack([content_key(view) for view in views])
+        return batch
 
     def pack(self, lesson: Lesson) -> PackedLesson:
-        """Encode the turns of `lesson` and lay them side by side after their shared beginning.
-
-        Turns that would pass `longest` are left out, from the end; picture tokens are never cut.
-        """
-        encoded = [
-            self._encode(lesson, turns) for turns in ([lesson.turns] if lesson.is_dialogue else zip(lesson.turns))
-        ]
-        shared = self._shared_length(encoded) if len(encoded) > 1 else 0
-        ids, supervised, weights = encoded[0].ids[:shared], [False] * shared, [0.0] * shared
-        positions, branch = list(range(shared)), [0] * shared
-        for number, conversation in enumerate(encoded, start=1):
-            rest = len(conversation.ids) - shared
-            if len(ids) + rest > self.longest and number > 1:
-                break
-            ids = ids + conversation.ids[shared:]
-            supervised = supervised + conversation.supervised[shared:]
-            weights = weights + [sum(conversation.supervised) ** -self.length_power] * rest
-            positions += range(shared, shared + rest)
-            branch += [number] * rest
-        if len(ids) > self.longest:
-            raise ValueError(f"lesson {lesson.name} has {len(ids)} tokens, more than {self.longest}; shorten its words")
-        return PackedLesson(
-            torch.tensor(ids),
-            torch.tensor(supervised),
-            torch.tensor(weights),
-            torch.tensor(positions),
-            torch.tensor(branch),
-        )
-
-    def _encode(self, lesson: Lesson, turns: Sequence[tuple[str, str]]) -> EncodedConversation:
-        messages = []
-        for number, (question, answer) in enumerate(turns):
-            messages += [user_message(question, len(lesson.views) if number == 0 else 0), assistant_message(answer)]
-        return encode_conversation(self.processor.tokenizer, messages, tokens_per_picture(self.processor))
-
-    def _shared_length(self, encoded: Sequence[EncodedConversation]) -> int:
-        image_id = self.processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        same = takewhile(lambda column: len(set(column)) == 1, zip(*(e.ids for e in encoded), strict=False))
-        common = [column[0] for column in same]
-        # Share up to the last picture token only: words that happen to agree are cheap and belong to their question.
-        return len(common) - common[::-1].index(image_id) if image_id in common else 0
+        """The tokens of `lesson` for this model, see `lessons.pack`."""
+        return pack(lesson, self.processor, self.longest, self.length_power)
 
     def trained_parameters(self) -> set[str]:
-        """The parameters of the parts in `trains`, less those of the tower that the assistant never looks through."""
-        prefixes = tuple(prefix for part in self.trains for prefix in PREFIXES[part])
-        unused = {f"model.{name}" for name in unused_tower_parameters(self.model)}
-        return {name for name, _ in self.named_parameters() if name.startswith(prefixes)} - unused
+        """The parameters of the parts in `trains`, less those that no answer depends on.
+
+        Of the language model these are the adapter's alone where there is one.
+        """
+        prefixes = tuple(prefix for part in self.trains for prefix in PREFIXES[part] if not self._adapts(part))
+        unused = unused_tower_parameters(self.model) | unused_projector_parameters(self.model)
+        whole = {name for name, _ in self.named_parameters() if name.startswith(prefixes)} if prefixes else set()
+        adapted = self.adapter.parameters() if self.adapter is not None else set()
+        return (whole - {f"model.{name}" for name in unused}) | {f"model.{name}" for name in adapted}
+
+    def _adapts(self, part: Part) -> bool:
+        return part == "language" and self.adapter is not None
+
+    def tokens_of(self, batch: Mapping[str, Any]) -> int:
+        """Tokens of words and pictures, without padding."""
+        return int((batch["ids"] != self.processor.tokenizer.pad_token_id).sum())
 
     def rate_of(self, name: str) -> float:
         """What the recipe says of the part that `name` belongs to."""
         return next((rate for part, rate in self.rates.items() if name.startswith(PREFIXES[part])), 1.0)
 
+    def state_dict(self, *arguments: Any, **named: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What trains, and nothing else: a checkpoint on the way need not hold the parts that stand still."""
+        whole = super().state_dict(*arguments, **named)
+        if arguments or named or is_sharded(self):
+            return whole
+        trained = self.trained_parameters()
+        return {name: value for name, value in whole.items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; what stands still is not missed."""
+        missing, unexpected = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missed = sorted(set(missing) & self.trained_parameters())
+        if strict and (missed or unexpected):
+            raise RuntimeError(f"these weights are of another stage: {[*missed, *unexpected][:3]}")
+        return _IncompatibleKeys(missed, list(unexpected))
+
     def export(self, folder: Path) -> None:
-        """A LLaVA checkpoint in the published layout."""
-        save_llava(self.model, self.processor, folder)
+        """A checkpoint in the published layout; with an adapter, both merged, and the adapter and its base inside."""
+        if self.adapter is None:
+            save_llava(self.model, self.processor, folder)
+        else:
+            baked = self.trained_parameters() - {f"model.{name}" for name in self.adapter.parameters()}
+            export_adapted(self.model, self.adapter, {name.removeprefix("model.") for name in baked}, folder)
 
 
-def tokens_per_picture(processor: LlavaProcessor) -> int:
-    """N, the tokens one picture takes: the patches of the square that the processor resizes to."""
-    size = processor.image_processor.size
-    return (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
-
-
-def attention_of(branch: Tensor) -> Tensor:
-    """(T, T) bool: which places (columns) each place (row) attends to, given the branch (T,) of each."""
-    places = torch.arange(len(branch))
-    causal = places[:, None] >= places[None, :]
-    return causal & ((branch[None, :] == 0) | (branch[:, None] == branch[None, :]))
-
-
-def predictor_of(lesson: PackedLesson) -> Tensor:
-    """For each supervised place, the place that predicts it: the one before it in its own conversation."""
-    places = lesson.supervised.nonzero().flatten()
-    if (lesson.branch[places - 1] != lesson.branch[places]).any():
-        raise ValueError("a supervised token stands right after the shared beginning; every answer needs a question")
-    return places - 1
+def _is_one_of_several_processes() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -33,6 +33,10 @@ class LanguageObjective(Objective):
         """Stack blocks of T token ids."""
         return {"blocks": torch.stack(list(samples))}
 
+    def tokens_of(self, batch: Mapping[str, Any]) -> int:
+        """All of them."""
+        return int(batch["blocks"].numel())
+
     def trained_parameters(self) -> set[str]:
         """Everything."""
         return {name for name, _ in self.named_parameters()}

@@ -2,21 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from assistant.towers import Tower
 from training.data.augment import mirror, random_crop
 from training.data.pictures import Picture
-from training.objective import Objective, Start, TrainsTower, check_side, given_tower, mask_token_names
+from training.objective import Objective, Start, TrainsTower, Watched, check_side, given_tower, mask_token_names
 from training.picture_decoder import PictureDecoder, others, patchify, take, unpatchify
 from training.strict import Strict
 
+DECODER_FOLDER = "decoder"  # inside the exported tower's, so that the tower itself stays a plain checkpoint
+DECODER_SETTINGS = "settings.json"
+DECODER_WEIGHTS = "model.safetensors"
 VARIANCE_EPSILON = 1e-6  # the paper's code: keeps a patch of one colour from being divided by zero
 
 
@@ -131,10 +136,23 @@ class MaeObjective(TrainsTower, Objective):
         black, white = black.to(pixels.device), white.to(pixels.device)
         return ((pixels - black) / (white - black) * 255).round().clamp(0, 255).to(torch.uint8)
 
+    def watched(self, samples: int) -> Watched:
+        """The tower by its patches: nothing trains its pooled output."""
+        return Watched(self.tower, pooled=False)
+
     def trained_parameters(self) -> set[str]:
         """Tower and decoder; not the tower's own mask token: hidden patches do not enter it."""
         still = {f"tower.{name}" for name in mask_token_names(self.tower)}
         return {name for name, _ in self.named_parameters()} - still
+
+    def export(self, folder: Path) -> None:
+        """The tower, a plain transformers checkpoint, and in its folder `decoder` what draws pictures back."""
+        super().export(folder)
+        beside = folder / DECODER_FOLDER
+        beside.mkdir(exist_ok=True)
+        (beside / DECODER_SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n")
+        weights = {name: weight.contiguous() for name, weight in self.decoder.state_dict().items()}
+        save_file(weights, beside / DECODER_WEIGHTS, metadata={"format": "pt"})
 
 
 def build(settings: Settings, start: Start) -> MaeObjective:

@@ -1,5 +1,6 @@
 """MoCo v3: the query of each view finds the key that an averaged encoder gave the other view."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,15 @@ from training.data.augment import byol_views
 from training.data.pictures import Picture
 from training.gather import gather, rank, ranks
 from training.heads import mlp_head
-from training.objective import Start, TrainsTower, WholeBatchObjective, check_side, given_tower, mask_token_names
+from training.objective import (
+    Start,
+    TrainsTower,
+    Watched,
+    WholeBatchObjective,
+    check_side,
+    given_tower,
+    mask_token_names,
+)
 from training.schedules import cosine
 from training.self_distillation import Area, patch_embedding_names, spread
 from training.strict import Strict
@@ -90,6 +99,10 @@ class MocoObjective(TrainsTower, WholeBatchObjective):
         momentum = cosine(self.settings.momentum, 1.0, step, steps)
         self.teacher_tower.update(momentum)
         self.teacher_projector.update(momentum)
+
+    def watched(self, samples: int) -> Watched:
+        """The tower; guessing evenly among the keys of a step costs the log of their number, in both directions."""
+        return Watched(self.tower, untaught={"keys_loss": 4 * self.settings.temperature * math.log(samples)})
 
     def trained_parameters(self) -> set[str]:
         """All but the averaged encoder, a mask token, and the patch embedding when that is frozen."""

@@ -1,6 +1,7 @@
 """Contrastive pretraining with the sigmoid loss: a picture and its own text agree, all other pairs do not."""
 
 import math
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SiglipModel, SiglipProcessor
 
 from training.comparison import refuse_one_sample
-from training.objective import Start
+from training.objective import Start, Watched
 from training.picture_text import (
     PictureTextObjective,
     PictureTextSettings,
@@ -41,6 +42,11 @@ class SiglipObjective(PictureTextObjective):
             representations["true"],
         )
         return {"sigmoid_loss": loss, **self.facts(representations), "bias": self.model.logit_bias.detach()}
+
+    def watched(self, samples: int) -> Watched:
+        """Both halves; one who calls each pair true with chance 1 / B pays B times the entropy of that chance."""
+        untaught = math.log(samples) - (samples - 1) * math.log1p(-1 / samples) if samples > 1 else 0.0
+        return replace(super().watched(samples), untaught={"sigmoid_loss": untaught})
 
 
 def prepared(settings: Settings, start: Start) -> tuple[SiglipModel, PreTrainedTokenizerBase, BaseImageProcessor]:

@@ -1,5 +1,6 @@
 """SimCLR: two views of a picture find each other among the views of all pictures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,15 @@ from training.contrastive_losses import nt_xent_loss
 from training.data.augment import simclr_view
 from training.data.pictures import Picture
 from training.heads import mlp_head
-from training.objective import Start, TrainsTower, WholeBatchObjective, check_side, given_tower, mask_token_names
+from training.objective import (
+    Start,
+    TrainsTower,
+    Watched,
+    WholeBatchObjective,
+    check_side,
+    given_tower,
+    mask_token_names,
+)
 from training.strict import Strict
 
 
@@ -75,6 +84,11 @@ class SimclrObjective(TrainsTower, WholeBatchObjective):
         picture = torch.arange(len(pooled), device=pooled.device)
         found = share_found(views[: len(pooled)], views, picture, picture.repeat(2), first_are_same=True)
         return {"nt_xent_loss": nt_xent_loss(first, second, self.settings.temperature), "view_finds_view": found}
+
+    def watched(self, samples: int) -> Watched:
+        """The tower; guessing evenly among the other views of a step costs the log of their number."""
+        untaught = {"nt_xent_loss": math.log(2 * samples - 1)}
+        return Watched(self.tower, untaught=untaught, finds=("view_finds_view",))
 
     def trained_parameters(self) -> set[str]:
         """Tower and head, without a mask token: nothing is hidden here."""

@@ -5,7 +5,7 @@ few texts of its batch, and a region says where a thing stands.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SiglipMode
 from assistant.fusion import FEATURE_LAYER
 from training.data.pictures import Picture, Region
 from training.gather import ranks, sum_over_ranks
-from training.objective import Start
+from training.objective import Start, Watched
 from training.objectives import siglip
 from training.picture_text import CaptionedView
 
@@ -128,6 +128,10 @@ class WordsObjective(siglip.SiglipObjective):
         values["words_loss"] = self.settings.pictures * naming_loss(whole, said[told], weights)
         values["regions_loss"] = self.settings.regions * naming_loss(patches, region_said, weights)
         return {**values, "regions_named": share_named(patches.detach(), region_said)}
+
+    def watched(self, samples: int) -> Watched:
+        """Both halves; what one who knows nothing pays hangs on how many words are said of a picture."""
+        return replace(super().watched(samples), untaught={})
 
     def _count(self, said: Tensor) -> None:
         """Note in how many pictures each word was said."""

@@ -1,7 +1,6 @@
 """Keep what people type plain text: no typed word may act as one of the model's special tokens."""
 
 import re
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -17,8 +16,8 @@ class PlainText:
     `<image>` draws the picture to where it was typed, and a typed end-of-turn token speaks in another's name.
     """
 
-    def __init__(self, tokenizer_file: Path, picture_token: str | None = None) -> None:
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    def __init__(self, tokenizer: Tokenizer, picture_token: str | None = None) -> None:
+        self._tokenizer = tokenizer
         added = self._tokenizer.get_added_tokens_decoder()
         special = {number: token.content for number, token in added.items() if token.special}
         special |= {number: token.content for number, token in added.items() if token.content == picture_token}

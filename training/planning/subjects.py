@@ -1,0 +1,165 @@
+"""Build what a stage would train on torch's meta device: every parameter with its name and shape, and no memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from assistant.chat import BEGIN_TOKEN, END_TOKEN, JOEY_TEMPLATE, PAD_TOKEN, SPECIAL_TOKENS, UNKNOWN_TOKEN
+from assistant.checkpoint import load_llava
+from assistant.fusion import join
+from assistant.models import JOEY
+from assistant.tower_shapes import ResNetShape, TextShape, ViTShape, clip_tokenizer, new_image_processor, new_pair
+from assistant.towers import Tower, load_tower, new_tower
+from training.config import (
+    InstructStage,
+    LanguageStage,
+    RecipeError,
+    ResidualShape,
+    Stage,
+    TokenizerStage,
+    TowerStage,
+    check_settings,
+    objective_module,
+)
+from training.objective import Objective, Start
+from training.objectives.instruct import InstructObjective
+from training.objectives.language import LanguageObjective
+from training.stages import Workshop, build_tower_objective, new_language_model
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Builds objectives of stages; what a stage takes from an earlier one, it takes from that one's settings.
+
+    `stages` are all of the recipe. What is neither among them nor finished in `workshop` is a folder or a hub name, and
+    is really loaded.
+    """
+
+    workshop: Workshop
+    stages: Sequence[Stage] = ()
+
+    def objective(self, stage: Stage) -> Objective:
+        """The objective of `stage`. Raises RecipeError where it trains no model, or its parts do not fit."""
+        match stage:
+            case TowerStage():
+                return self._tower_objective(stage)
+            case LanguageStage():
+                model, tokenizer = self._language_model(stage)
+                return LanguageObjective(model, tokenizer)
+            case InstructStage():
+                model, processor = self._llava(stage)
+                if stage.attention is not None:
+                    model.set_attn_implementation(stage.attention)
+                return InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power, stage.rates)
+            case TokenizerStage():
+                raise RecipeError(f"stage {stage.name} trains a tokenizer: that costs minutes of one processor")
+
+    def _named(self, name: str | None) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def _tower_objective(self, stage: TowerStage) -> Objective:
+        earlier = self._first_of(stage)
+        if earlier is None:
+            return build_tower_objective(stage, self.workshop)
+        start = self._new_start(earlier, stage.side)
+        for model in (start.model, start.tower.model if start.tower else None):
+            if model is not None and stage.attention is not None:
+                model.set_attn_implementation(stage.attention)
+        try:
+            with torch.device("meta"):
+                return objective_module(stage.objective).build(check_settings(stage.objective, stage.settings), start)
+        except ValueError as error:
+            raise RecipeError(f"stage {stage.name}: {error}") from error
+
+    def _first_of(self, stage: TowerStage) -> TowerStage | None:
+        """The stage whose new tower `stage` trains; None where that comes from a folder."""
+        while stage.backbone is None:
+            earlier = self._named(stage.start_from)
+            if not isinstance(earlier, TowerStage):
+                return None
+            stage = earlier
+        return stage
+
+    def _new_start(self, stage: TowerStage, side: int) -> Start:
+        """What `stage` begins with, in views of `side` pixels."""
+        shape = stage.backbone
+        with torch.device("meta"):
+            if shape is None or isinstance(shape, ResidualShape):
+                depth, image_side = (shape.depth, shape.image_side) if shape else (50, side)
+                return Start(side, new_tower(ResNetShape(depth, image_side)))
+            vit = ViTShape(**shape.model_dump())
+            if stage.text is None:
+                return Start(side, new_tower(vit))
+            tokenizer = self._tokenizer(stage.tokenizer)
+            if vit.family == "clip":
+                tokenizer = clip_tokenizer(tokenizer, stage.text.length)
+            text = TextShape(vit.width, stage.text.layers, vit.heads, stage.text.length, 2 * vit.width)
+            model = new_pair(vit, text, tokenizer)
+        # An objective reads and sets these two when it is built, so they have to have a value.
+        for name in {"logit_scale", "logit_bias"} & dict(model.named_parameters()).keys():
+            setattr(model, name, nn.Parameter(torch.ones(getattr(model, name).shape)))
+        return Start(side, None, model, new_image_processor(vit.family, vit.image_side), tokenizer)
+
+    def _tokenizer(self, name: str | None) -> PreTrainedTokenizerBase:
+        """Joey's where None, a finished stage's, or a stand-in with as many words as the stage `name` will train."""
+        stage = self._named(name)
+        if isinstance(stage, TokenizerStage) and not (self.workshop.runs / stage.name / "output").is_dir():
+            return stand_in_tokenizer(stage.vocabulary)
+        return AutoTokenizer.from_pretrained(JOEY if name is None else self.workshop.output(name))
+
+    def _language_model(self, stage: LanguageStage) -> tuple[Any, PreTrainedTokenizerBase]:
+        tokenizer = self._tokenizer(stage.tokenizer)
+        with torch.device("meta"):
+            return new_language_model(stage, tokenizer), tokenizer
+
+    def _llava(self, stage: InstructStage) -> tuple[Any, Any]:
+        """Model and processor that `stage` tunes."""
+        while stage.start_from is not None:
+            earlier = self._named(stage.start_from)
+            if not isinstance(earlier, InstructStage):
+                return load_llava(self.workshop.output(stage.start_from))
+            stage = earlier
+        language = self._named(stage.language_model)
+        if not isinstance(language, LanguageStage):
+            raise RecipeError(
+                f"stage {stage.name} joins the language model {stage.language_model}, which is no stage of this "
+                "recipe: run the stage once with --rehearse, and plan one that has start_from the folder it leaves"
+            )
+        model, tokenizer = self._language_model(language)
+        seeing = self._seeing(str(stage.tower))
+        with torch.device("meta"):
+            return join(seeing.model, model, tokenizer, seeing.image_processor)
+
+    def _seeing(self, name: str) -> Any:
+        """The tower that the stage `name` leaves, or the one in a folder."""
+        stage = self._named(name)
+        first = self._first_of(stage) if isinstance(stage, TowerStage) else None
+        if first is None:
+            return load_tower(self.workshop.output(name))
+        start = self._new_start(first, first.side)
+        if start.tower is not None:
+            return start.tower
+        return Tower(start.model.vision_model, start.image_processor)  # type: ignore[union-attr]
+
+
+def stand_in_tokenizer(words: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `words` words with our special tokens: what counts before the real one is trained."""
+    named = [*SPECIAL_TOKENS, UNKNOWN_TOKEN]
+    vocabulary = {token: place for place, token in enumerate(named)}
+    vocabulary |= {f"word {place}": place for place in range(len(named), words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN_TOKEN,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        unk_token=UNKNOWN_TOKEN,
+    )
+    fast.chat_template = JOEY_TEMPLATE
+    return fast

@@ -1,0 +1,1 @@
+"""The commands of `kangaroo`, a file for each kind."""

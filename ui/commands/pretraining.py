@@ -1,0 +1,135 @@
+"""Commands that train by a recipe, and that plan a larger run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ui.commands.shared import fail, plain_errors, tell
+
+PANEL = "Pretrain and measure"
+OF_RUNS, OF_RECIPE = "With RUNS", "With --recipe"  # how the options of `plan` stand together
+commands = typer.Typer()
+
+
+@commands.command(
+    rich_help_panel=PANEL,
+    epilog="Example: kangaroo train scenes    (needs no data)   or   kangaroo train joey --data pictures/",
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (scenes, joey) or a .yaml file.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(envvar="KANGAROO_DATA", help="The folder of Parquet shards that the recipe names.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Where stages, checkpoints and the result go.")] = Path("runs"),
+    stage: Annotated[str | None, typer.Option(help="Run this stage alone, on what those before it left.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Two tiny steps of each stage, to see that all fits together.")
+    ] = False,
+) -> None:
+    """Train a model by a recipe, stage after stage; run it again to go on where it stopped."""
+    from training.config import InstructStage, RecipeError, read_recipe, rehearsal
+    from training.data.pictures import DataError
+    from training.recipe import run_recipe
+
+    with plain_errors(RecipeError, DataError):
+        read = read_recipe(recipe)
+        try:
+            result = run_recipe(rehearsal(read) if rehearse else read, data, runs, stage)
+        except KeyboardInterrupt:
+            tell("stopped. The same command goes on from the newest checkpoint.")
+            raise typer.Exit(130) from None
+    answers = isinstance(read.stages[-1], InstructStage) and stage is None
+    print(f"The result is in {result}. Try it: kangaroo {'chat' if answers else 'evaluate'} {result}")
+
+
+@commands.command(
+    rich_help_panel=PANEL,
+    epilog="Examples: kangaroo plan runs/small runs/medium runs/large more.csv   or   "
+    "kangaroo plan --recipe dinov2 --devices 512 --memory 80GB --link 50GB/s",
+)
+def plan(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUNS]...",
+            help="Finished runs of several sizes: folders that train left, or a .csv with the columns parameters, "
+            "samples (or tokens) and loss.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, help="FLOPs to spend best, such as 1e21.", show_default="1 to 100 times", rich_help_panel=OF_RUNS
+        ),
+    ] = None,
+    parameters: Annotated[
+        float | None, typer.Option(min=1.0, help="Forecast a run of this size.", rich_help_panel=OF_RUNS)
+    ] = None,
+    samples: Annotated[
+        float | None, typer.Option(min=1.0, help="Samples (or tokens) of that run.", rich_help_panel=OF_RUNS)
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE[:STAGE]",
+            help="Say what this recipe costs on many GPUs. Given more than once, they are compared.",
+            rich_help_panel=OF_RECIPE,
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many GPUs.", rich_help_panel=OF_RECIPE)] = 8,
+    per_machine: Annotated[int, typer.Option(min=1, help="GPUs of one machine.", rich_help_panel=OF_RECIPE)] = 8,
+    memory: Annotated[str, typer.Option(help="Memory of one GPU.", rich_help_panel=OF_RECIPE)] = "80GB",
+    link: Annotated[
+        str, typer.Option(help="What one GPU sends; 400Gb/s is 50GB/s.", rich_help_panel=OF_RECIPE)
+    ] = "50GB/s",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Samples of a step in all.", show_default="the recipe's on each GPU", rich_help_panel=OF_RECIPE
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the run.", show_default="for as many samples", rich_help_panel=OF_RECIPE),
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Without bf16.", rich_help_panel=OF_RECIPE)] = False,
+    out: Annotated[Path, typer.Option(help="The folder for curves, numbers and the recipe to launch.")] = Path("plan"),
+) -> None:
+    """Plan a larger run: what small runs say of the next size, or what a recipe costs on many GPUs and how to start it.
+
+    With RUNS: fits scaling laws to your own runs and says how sure they are. Six are the least, of three sizes.
+
+    With --recipe: memory, bytes sent, batch and rate for it, and the commands that launch it.
+    """
+    if bool(runs) == bool(recipe):
+        raise fail("name finished runs, or a recipe with --recipe; see kangaroo plan --help")
+    if (parameters is None) != (samples is None):
+        raise fail("--parameters and --samples go together: both or neither")
+    if out.exists() and not out.is_dir():
+        raise fail(f"--out {out} is a file: name a folder")
+    from rich.console import Console
+
+    from training.config import RecipeError
+    from training.data.pictures import DataError
+
+    with plain_errors(RecipeError, DataError):
+        try:
+            if recipe:
+                from training.planning.costs_report import Wanted, report_costs
+                from training.planning.overview import report_overview
+
+                wanted = [Wanted(one, devices, memory, link, per_machine, batch, steps, fp32) for one in recipe]
+                if len(wanted) == 1:
+                    report_costs(wanted[0], Path("runs"), out, Console())
+                else:
+                    report_overview(wanted, Path("runs"), Console())
+            else:
+                from training.planning.runs_report import report_runs
+
+                asked = None if parameters is None or samples is None else (parameters, samples)
+                report_runs(runs or [], out, Console(), budget, asked)
+        except KeyboardInterrupt:
+            tell("stopped; nothing was written.")
+            raise typer.Exit(130) from None

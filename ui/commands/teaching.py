@@ -1,0 +1,220 @@
+"""Commands between a tower and a taught assistant: join, align, tune, and a look at the data."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ui.commands.shared import ModelArgument, ModelOption, fail, plain_errors, tell
+
+PANEL = "Teach"
+commands = typer.Typer()
+
+
+data_app = typer.Typer(name="data", help="Look after data for teaching.", no_args_is_help=True)
+commands.add_typer(data_app, rich_help_panel=PANEL)
+
+
+@commands.command(
+    rich_help_panel=PANEL,
+    epilog="Example: kangaroo join openai/clip-vit-large-patch14-336 lmsys/vicuna-7b-v1.5 --out llava",
+)
+def join(
+    tower: Annotated[str, typer.Argument(help="A CLIP, SigLIP or DINOv2: a folder or a hub name.", show_default=False)],
+    language_model: Annotated[
+        str, typer.Argument(metavar="LLM", help="A Llama, Vicuna, Mistral or Qwen.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the joined model.")],
+    projector: Annotated[
+        Literal["linear", "mlp", "pixel-shuffle"],
+        typer.Option(help="What stands between them; pixel-shuffle makes one token of 2 x 2 patches."),
+    ] = "mlp",
+) -> None:
+    """Join a vision tower and a language model with a new projector. It has to be aligned before it makes sense."""
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise fail(f"--out {out}: there is something already; name a new folder")
+    from assistant.models import ModelError
+    from training.joining import join_models
+
+    with plain_errors(ModelError, ValueError):
+        joined = join_models(tower, language_model, out, projector)
+    print(
+        f"{joined.tower} and {joined.language_model}, {joined.weights:,} weights, of these {joined.trained_weights:,} "
+        f"in the new {projector} projector; a picture is {joined.tokens_per_picture} tokens."
+    )
+    print(f"The model is in {out}. Its projector says nothing yet: kangaroo align {out} --data FILE")
+
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="Conversations: JSON, JSONL, CSV, Parquet, or a dataset of the hub. See: kangaroo data check",
+    ),
+]
+PicturesOption = Annotated[
+    str | None, typer.Option(help="Folder that the file's paths of pictures count from.", show_default="the file's")
+]
+DownloadsOption = Annotated[bool, typer.Option("--allow-downloads", help="Fetch pictures that are https addresses.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="3 epochs")]
+EpochsOption = Annotated[float | None, typer.Option(min=0.01, help="How often each row is seen.", show_default="3")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Lessons of a step.", show_default="8")]
+RateOption = Annotated[
+    float | None, typer.Option("--rate", min=0, help="Highest learning rate.", show_default="LLaVA-1.5's, by width")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Stop after the table of what would happen.")]
+RehearseOption = Annotated[bool, typer.Option(help="Try two steps from end to end before the run.")]
+ReplayOption = Annotated[
+    float, typer.Option(min=0, max=0.9, help="Share of generated scenes among the lessons, against forgetting.")
+]
+
+
+@commands.command(rich_help_panel=PANEL, epilog="Example: kangaroo align llava --data captions.csv")
+def align(
+    data: DataOption,
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(help="Where checkpoints and the model go.")] = Path("runs/align"),
+    pictures: PicturesOption = None,
+    downloads: DownloadsOption = False,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    rate: RateOption = None,
+    dry_run: DryRunOption = False,
+    rehearsal: RehearseOption = True,
+) -> None:
+    """Teach the projector of a joined model, and nothing else, what pictures look like to its language model."""
+    asked = {"model": model, "data": data, "out": out, "pictures": pictures, "downloads": downloads}
+    size = {"steps": steps, "epochs": epochs, "batch_size": batch, "learning_rate": rate}
+    run_teaching(dry_run, rehearsal, mode="align", **asked, **size)
+
+
+@commands.command(
+    rich_help_panel=PANEL,
+    epilog="Example: kangaroo tune --data questions.csv    (teaches Joey; a csv of image, question, answer)",
+)
+def tune(
+    data: DataOption,
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(help="Where checkpoints and the model go.")] = Path("runs/tune"),
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter of the language model (the default).")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="The same, with the language model held in 4 bits.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train projector and language model whole.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, max=512, help="Rank of the adapter.", show_default="16")] = None,
+    pictures: PicturesOption = None,
+    downloads: DownloadsOption = False,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
+    batch: BatchOption = None,
+    rate: RateOption = None,
+    replay: ReplayOption = 0.0,
+    dry_run: DryRunOption = False,
+    rehearsal: RehearseOption = True,
+) -> None:
+    """Teach a model your own questions and answers about pictures; run it again to go on where it stopped."""
+    if lora + qlora + full > 1:
+        raise fail("say one of --lora, --qlora and --full")
+    if full and rank is not None:
+        raise fail("--rank is the adapter's, and --full trains none")
+    mode = "full" if full else "qlora" if qlora else "lora"
+    asked = {"model": model, "data": data, "out": out, "pictures": pictures, "downloads": downloads}
+    size = {"steps": steps, "epochs": epochs, "batch_size": batch, "learning_rate": rate, "rank": rank}
+    run_teaching(dry_run, rehearsal, mode=mode, replay=replay, **asked, **size)
+
+
+def run_teaching(dry_run: bool, rehearsal: bool, **wish: Any) -> None:
+    """Says what will happen, tries it, does it, and says how to chat with it. `wish` is what `Wish` says."""
+    from rich.console import Console
+
+    from assistant.models import ModelError
+    from training.config import RecipeError
+    from training.data.pictures import DataError
+    from training.teaching import Wish, plan_of, rehearse, teach, teaching_recipe
+    from training.teaching_plan import plan_table
+
+    runs = wish["out"].absolute().parent
+    with plain_errors(RecipeError, DataError, ModelError):
+        recipe = teaching_recipe(Wish(**wish))
+        Console().print(plan_table(plan_of(recipe, runs)))
+        if dry_run:
+            return
+        try:
+            if rehearsal:
+                tell("rehearsing two steps ...")
+                rehearse(recipe)
+            model = teach(recipe, runs)
+        except KeyboardInterrupt:
+            tell("stopped. The same command goes on from the newest checkpoint.")
+            raise typer.Exit(130) from None
+    print(f"The model is in {model}. Chat with it: kangaroo chat {model}")
+    if (model / "adapter").is_dir():
+        print(f"Its adapter alone, for peft and vLLM: {model / 'adapter'}")
+
+
+@data_app.command(
+    "check",
+    epilog="Examples: kangaroo data check lessons.json --page report.html   or   "
+    "kangaroo data check train.jsonl held-out.jsonl --pictures photos --strict",
+)
+def check_data(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Conversations: LLaVA or ShareGPT JSON, messages as JSON lines, CSV, Parquet, a dataset's folder or "
+            "its name on the hub.",
+            show_default=False,
+        ),
+    ],
+    held_out: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[HELD_OUT]", help="Held-out data: checked too, and compared with the first.", show_default=False
+        ),
+    ] = None,
+    model: ModelOption = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="The folder that paths of pictures count from.", show_default="the file's own"),
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Write a report to look at, with pictures: an .html file.")] = None,
+    fixed: Annotated[
+        Path | None, typer.Option(help="Write the good rows in one form: a .jsonl file; the others go beside it.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail for one bad row; training skips one in 100.")] = False,
+    longest: Annotated[
+        int | None, typer.Option(min=16, help="Most tokens of a row.", show_default="as many as the model reads")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, max=50, help="How many rows are shown as the model reads them.")] = 3,
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    allow_downloads: Annotated[
+        bool, typer.Option("--allow-downloads", help="Fetch pictures that are https addresses, and keep them.")
+    ] = False,
+) -> None:
+    """Check data for teaching before any training; exit code 1 when training would stop.
+
+    Reads every row, decodes every picture to its end, and puts every answer into the model's template.
+
+    What format the data is in, it says itself. Each fault is told with its row, its field, and the way out.
+    """
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+        raise fail(f"--page {page}: name an .html file in a folder that exists")
+    if fixed is not None and (fixed.exists() or not fixed.absolute().parent.is_dir()):
+        raise fail(f"--fixed {fixed}: name a new .jsonl file in a folder that exists")
+    if pictures is not None and not pictures.is_dir():
+        raise fail(f"--pictures {pictures}: there is no such folder")
+    from rich.console import Console
+
+    from assistant.models import ModelError
+    from training.data.check_run import Wanted, run_check
+    from training.data.pictures import DataError
+
+    sources = [file] if held_out is None else [file, held_out]
+    wanted = Wanted(sources, model, pictures, split, longest, allow_downloads, strict, show, page, fixed)
+    with plain_errors(ModelError, DataError):
+        try:
+            stops = run_check(wanted, Console())
+        except KeyboardInterrupt:
+            tell("stopped; nothing was written.")
+            raise typer.Exit(130) from None
+    raise typer.Exit(1 if stops else 0)
