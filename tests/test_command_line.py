@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -220,3 +221,15 @@ def test_train_stops_at_ctrl_c_and_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"The result is in {tmp_path / 'runs' / 'scenes-rehearsal' / 'tokenizer' / 'output'}" in done.stdout
     assert (tmp_path / "runs" / "scenes-rehearsal" / "tokenizer" / "output" / "tokenizer.json").is_file()
+
+
+def test_ctrl_c_while_a_tokenizer_reads_its_texts_stays_ctrl_c(tmp_path: Path) -> None:
+    """sentencepiece would make an error of its own of it, and the command a traceback of that."""
+    from training.tokenizer import train_sentencepiece
+
+    def interrupted() -> Iterator[str]:
+        yield "a text"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sentencepiece(interrupted(), 300, tmp_path / "tokenizer.model")

@@ -20,7 +20,8 @@ def train_sentencepiece(texts: Iterable[str], vocabulary: int, model_file: Path)
     text back to the byte. Digits stand alone, which makes counting and arithmetic easier to learn.
     """
     model_file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    # Read all before: sentencepiece turns what goes wrong while it reads, Ctrl-C too, into an error of its own.
+    lines = [line for text in texts for line in text.split("\n") if line.strip()]
     with model_file.open("wb") as sink:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
