@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ BASE = "base"  # the folder beside an adapter's of a base that was made for it
 ADAPTER_CONFIG = "adapter_config.json"
 PROVENANCE = "provenance.json"
 PREFIX = "base_model.model."  # what peft writes before the name of every weight
+LANGUAGE_LAYERS = "model.language_model.layers."  # where an adapter may stand, and where vLLM serves it
 NAME_IN_MODEL = ".default"  # peft's name of the one adapter, which stands in a model's names and not in the file
 
 
@@ -42,7 +43,11 @@ def save_adapter(config: LoraConfig, weights: Mapping[str, Tensor], base: Path, 
         base: the folder of the model it stands on.
         name: what a reader calls that model: its hub name, or its folder.
         folder: where it is written.
+
+    Raises:
+        ModelError: some of it stands on tower or projector.
     """
+    _check_language_alone(weights, folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path = name
     config.inference_mode = True
@@ -64,7 +69,8 @@ def load_adapted(
     """The base with the adapter on it, not merged, and its processor.
 
     `base` is the model it stands on; where None, one that lies beside the adapter, else the one that it names.
-    Raises ModelError where the adapter is incomplete, or the base is another than it was trained on.
+    Raises ModelError where the adapter is incomplete or stands on tower or projector, or the base is another than it
+    was trained on.
     """
     if not is_adapter(adapter):
         raise ModelError(f"{adapter} holds no adapter: there is no {ADAPTER_CONFIG}")
@@ -92,6 +98,17 @@ def check_base(adapter: Path, base: Path) -> None:
         )
 
 
+def _check_language_alone(names: Iterable[str], adapter: Path) -> None:
+    """Raises ModelError where one of the names stands elsewhere than in a layer of the language model."""
+    elsewhere = sorted(name for name in names if not name.removeprefix(PREFIX).startswith(LANGUAGE_LAYERS))
+    if elsewhere:
+        raise ModelError(
+            f"{adapter}: an adapter may stand on the language model's layers alone, and this one holds {elsewhere[0]} "
+            f"({len(elsewhere)} such weights): vLLM would drop them without a word; train tower and projector whole, "
+            "and they are baked into the base"
+        )
+
+
 def _with_adapter(model: Llava, adapter: Path) -> PeftModel:
     file = adapter / SAFETENSORS_WEIGHTS_NAME
     try:
@@ -100,6 +117,7 @@ def _with_adapter(model: Llava, adapter: Path) -> PeftModel:
     except (SafetensorError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{adapter}: the adapter does not load onto its base: {reason}") from error
+    _check_language_alone(in_file, adapter)
     in_model = {
         PREFIX + name.removeprefix(PREFIX).replace(NAME_IN_MODEL, "")
         for name, _ in adapted.named_parameters()

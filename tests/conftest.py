@@ -1,5 +1,6 @@
 """One real vLLM and one real gateway for the whole test session, on a tiny model with random weights."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ from tests.tiny import make_tiny_llava
 MODEL_NAME = "tiny"
 # vLLM starts in half a minute on two quiet cores, and in several while something else is training on them.
 SECONDS_TO_START = 400.0
+
+# A shell starts what runs in its background with Ctrl-C ignored, and programs that we start would inherit that; tests
+# of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from scripts.measure_costs import (
     prepared_language,
     stage_of,
 )
-from training.config import read_recipe
+from training.config import InstructStage, RecipeError, read_recipe
 from training.contrastive_losses import CPU_BLOCK, clip_loss, nt_xent_loss
 from training.distillation_losses import crops_loss
 from training.objective import Objective, total_loss
@@ -87,6 +87,20 @@ def test_a_stage_is_planned_before_what_it_goes_on_from_was_trained(recipe: str)
             size_of(weight) for name, weight in objective.named_parameters() if name in objective.trained_parameters()
         )
         assert vocabulary in {weight.shape[0] for weight in objective.parameters() if weight.ndim == 2}
+
+
+def test_an_adapter_alone_is_counted_where_it_alone_trains() -> None:
+    """Of a LLaVA that is not there yet, only the matrices of rank 4 train; the rest is held, without a gradient."""
+    recipe = read_recipe("scenes")
+    said = recipe.stages[-1].model_dump(mode="json", exclude_unset=True)
+    adapted = InstructStage.model_validate(said | {"trains": ["language"], "rates": {}, "lora": {"rank": 4}})
+    objective = Subjects(NOWHERE, recipe.stages).objective(adapted)
+    held = weights_of(objective)
+    layers, width, inner = 4, 128, 384
+    assert held.trained == 4 * layers * 4 * (4 * 2 * width + 3 * (width + inner))
+    assert held.gradients == held.trained and held.frozen > 10 * held.trained
+    with pytest.raises(RecipeError, match="is not there yet; train align first"):
+        Subjects(NOWHERE, recipe.stages).objective(adapted.model_copy(update={"four_bits": True}))
 
 
 TOLERANCE = {"fp32": 0.06, "bf16": 0.1, "eager": 0.06, "checkpointed": 0.2}

@@ -9,13 +9,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import Field
 from torch import Tensor, nn
 
-from assistant.adapter_files import ADAPTER, BASE, merge_adapter, save_adapter
+from assistant.adapter_files import ADAPTER, BASE, LANGUAGE_LAYERS, merge_adapter, save_adapter
 from assistant.checkpoint import load_llava, save_llava
 from assistant.models import ModelError
 from assistant.projectors import Llava
 from training.strict import Strict
-
-LANGUAGE_LAYERS = "model.language_model.layers."
 
 
 class LoraSettings(Strict):

@@ -22,6 +22,7 @@ from training.data.recognise import recognise
 from training.objectives.instruct import Part
 from training.recipe import run_recipe
 from training.stages import Workshop, prepared_lessons
+from training.teaching_card import kept_card
 from training.teaching_plan import TeachingPlan, measured_plan
 
 Mode = Literal["align", "full", "lora", "qlora"]
@@ -136,8 +137,12 @@ def rehearse(recipe: Recipe) -> None:
 
 
 def teach(recipe: Recipe, runs: Path) -> Path:
-    """Run `recipe`, or go on with it where it stopped, and return the folder of the finished model."""
-    return run_recipe(recipe, None, runs)
+    """Run `recipe`, or go on with it where it stopped, and return the folder of the finished model.
+
+    The README.md that a person wrote there stays.
+    """
+    with kept_card(runs / recipe.name / "model"):
+        return run_recipe(recipe, None, runs)
 
 
 def default_rate(mode: Mode, width: int) -> float:

@@ -29,6 +29,7 @@ class Weights:
     gradients: int
     optimiser: int
     in_layers: int  # of `trained` and `frozen`, what stands in stacked layers
+    outside: int  # what stands in no layer, teachers' too
     largest_layer: int
     half_copies: int  # what bf16 autocast makes of the maps that train
 
@@ -39,22 +40,24 @@ def weights_of(objective: Objective) -> Weights:
     maps = {id(one.weight) for one in objective.modules() if isinstance(one, nn.Linear | nn.Conv2d)}
     in_teachers = {id(w) for one in objective.modules() if isinstance(one, Teacher) for w in one.parameters()}
     sizes = {"trained": 0, "frozen": 0, "teachers": 0}
-    held: dict[int, int] = {}  # bytes of each weight outside teachers
+    held: set[int] = set()  # what is in no teacher
     tensors = copies = 0
     for name, weight in objective.named_parameters():
         size = weight.numel() * weight.element_size()
         kind = "trained" if name in trained else "teachers" if id(weight) in in_teachers else "frozen"
         sizes[kind] += size
-        held |= {} if kind == "teachers" else {id(weight): size}
+        held |= set() if kind == "teachers" else {id(weight)}
         tensors += name in trained
         copies += weight.numel() * 2 if name in trained and id(weight) in maps else 0
     layers = [layer for stack in objective.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    layered = {id(w): w.numel() * FULL for layer in layers for w in layer.parameters()}
     return Weights(
         **sizes,
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in objective.buffers()),
         gradients=sizes["trained"],
         optimiser=2 * sizes["trained"] + tensors * FULL,  # two moments, and each tensor's count of steps
-        in_layers=sum(held.get(id(w), 0) for layer in layers for w in layer.parameters()),
+        in_layers=sum(size for weight, size in layered.items() if weight in held),
+        outside=sum(sizes.values()) - sum(layered.values()),
         largest_layer=max((sum(w.numel() * FULL for w in layer.parameters()) for layer in layers), default=0),
         half_copies=copies,
     )
@@ -112,7 +115,8 @@ class Costs:
             "bf16 copies": float(held.half_copies) / share if step.half else 0.0,
         }
         if step.way.sharded:
-            parts["gathered layers"] = 2.0 * held.largest_layer  # one at work, the next on its way
+            # One layer at work and the next on its way; what is in no layer stays from forward to back.
+            parts["gathered"] = (2.0 * held.largest_layer + held.outside) / (2 if step.half else 1)
         elif step.devices > 1:
             parts["DDP's buckets"] = float(held.gradients)
         parts["activations"] = kept_by(self.passes, step.samples, step.half, step.way.checkpointed)

@@ -89,7 +89,7 @@ def loss_costs(objective: Objective, batch: Batch, scale: float = LARGEST_SCALE)
         case DinoV2Objective():
             return _dinov2(objective, batch)
         case DinoObjective():
-            return _dino(objective, batch, centred=True)
+            return _dino(objective, batch)
         case MaeObjective():
             return _mae(objective, batch)
         case LanguageObjective() | InstructObjective():
@@ -151,7 +151,7 @@ def _moco(objective: MocoObjective, batch: Batch) -> LossCosts:
     return LossCosts(heads + 2 * scores + keys, 2 * scores)
 
 
-def _dino(objective: SelfDistillation, batch: Batch, centred: bool) -> LossCosts:
+def _dino(objective: SelfDistillation, batch: Batch) -> LossCosts:
     """The student's scores of all crops and the teacher's probabilities; going back the scores' gradient."""
     prototypes, narrow = objective.settings.prototypes, 2 if batch.half else FULL
     crops = LARGE_CROPS + objective.settings.small_count
@@ -163,7 +163,7 @@ def _dino(objective: SelfDistillation, batch: Batch, centred: bool) -> LossCosts
 
 def _dinov2(objective: DinoV2Objective, batch: Batch) -> LossCosts:
     """DINO's, and the same of the hidden patches that are to be expected."""
-    crops = _dino(objective, batch, centred=False)
+    crops = _dino(objective, batch)
     hidden, narrow = expected_hidden(objective, batch.samples), 2 if batch.half else FULL
     scores = hidden * objective.settings.prototypes
     head = objective.patch_head if objective.settings.separate_patch_head else objective.head

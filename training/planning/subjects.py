@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from assistant.chat import BEGIN_TOKEN, END_TOKEN, JOEY_TEMPLATE, PAD_TOKEN, SPECIAL_TOKENS, UNKNOWN_TOKEN
-from assistant.checkpoint import load_llava
 from assistant.fusion import join
 from assistant.models import JOEY
 from assistant.tower_shapes import ResNetShape, TextShape, ViTShape, clip_tokenizer, new_image_processor, new_pair
 from assistant.towers import Tower, load_tower, new_tower
+from training.adapters import add_lora
 from training.config import (
     InstructStage,
     LanguageStage,
@@ -27,6 +28,7 @@ from training.config import (
     check_settings,
     objective_module,
 )
+from training.instruct_start import build_instruct_objective
 from training.objective import Objective, Start
 from training.objectives.instruct import InstructObjective
 from training.objectives.language import LanguageObjective
@@ -53,10 +55,7 @@ class Subjects:
                 model, tokenizer = self._language_model(stage)
                 return LanguageObjective(model, tokenizer)
             case InstructStage():
-                model, processor = self._llava(stage)
-                if stage.attention is not None:
-                    model.set_attn_implementation(stage.attention)
-                return InstructObjective(model, processor, stage.trains, stage.longest, stage.length_power, stage.rates)
+                return self._instruct_objective(stage)
             case TokenizerStage():
                 raise RecipeError(f"stage {stage.name} trains a tokenizer: that costs minutes of one processor")
 
@@ -118,23 +117,33 @@ class Subjects:
         with torch.device("meta"):
             return new_language_model(stage, tokenizer), tokenizer
 
-    def _llava(self, stage: InstructStage) -> tuple[Any, Any]:
-        """Model and processor that `stage` tunes."""
-        while stage.start_from is not None:
-            earlier = self._named(stage.start_from)
+    def _instruct_objective(self, stage: InstructStage) -> Objective:
+        """A LLaVA of the parts that earlier stages will make; one of a folder or the hub is really loaded."""
+        joining = stage
+        while joining.start_from is not None:
+            earlier = self._named(joining.start_from)
             if not isinstance(earlier, InstructStage):
-                return load_llava(self.workshop.output(stage.start_from))
-            stage = earlier
-        language = self._named(stage.language_model)
+                return build_instruct_objective(stage, self.workshop.named)
+            joining = earlier
+        language = self._named(joining.language_model)
         if not isinstance(language, LanguageStage):
+            return build_instruct_objective(stage, self.workshop.named)
+        if stage.four_bits:
             raise RecipeError(
-                f"stage {stage.name} joins the language model {stage.language_model}, which is no stage of this "
-                "recipe: run the stage once with --rehearse, and plan one that has start_from the folder it leaves"
+                f"stage {stage.name}: what four_bits holds in NF4 is not there yet; train {stage.start_from} first, "
+                "and plan a stage with start_from the folder that it leaves"
             )
         model, tokenizer = self._language_model(language)
-        seeing = self._seeing(str(stage.tower))
+        seeing = self._seeing(str(joining.tower))
         with torch.device("meta"):
-            return join(seeing.model, model, tokenizer, seeing.image_processor)
+            model, processor = join(seeing.model, model, tokenizer, seeing.image_processor, joining.projector)
+            base = str(stage.start_from)
+            adapter = None if stage.lora is None else add_lora(model, stage.lora, Path(base), base)
+        if stage.attention is not None:
+            model.set_attn_implementation(stage.attention)
+        return InstructObjective(
+            model, processor, stage.trains, stage.longest, stage.length_power, stage.rates, adapter
+        )
 
     def _seeing(self, name: str) -> Any:
         """The tower that the stage `name` leaves, or the one in a folder."""

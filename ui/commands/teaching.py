@@ -64,6 +64,9 @@ RateOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Stop after the table of what would happen.")]
 RehearseOption = Annotated[bool, typer.Option(help="Try two steps from end to end before the run.")]
+ReportOption = Annotated[
+    bool, typer.Option(help="Ask the models before and after, and write the model's card with what they answer.")
+]
 ReplayOption = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of generated scenes among the lessons, against forgetting.")
 ]
@@ -82,11 +85,12 @@ def align(
     rate: RateOption = None,
     dry_run: DryRunOption = False,
     rehearsal: RehearseOption = True,
+    report: ReportOption = True,
 ) -> None:
     """Teach the projector of a joined model, and nothing else, what pictures look like to its language model."""
     asked = {"model": model, "data": data, "out": out, "pictures": pictures, "downloads": downloads}
     size = {"steps": steps, "epochs": epochs, "batch_size": batch, "learning_rate": rate}
-    run_teaching(dry_run, rehearsal, mode="align", **asked, **size)
+    run_teaching(dry_run, rehearsal, report, mode="align", **asked, **size)
 
 
 @commands.command(
@@ -110,6 +114,7 @@ def tune(
     replay: ReplayOption = 0.0,
     dry_run: DryRunOption = False,
     rehearsal: RehearseOption = True,
+    report: ReportOption = True,
 ) -> None:
     """Teach a model your own questions and answers about pictures; run it again to go on where it stopped."""
     if lora + qlora + full > 1:
@@ -119,11 +124,11 @@ def tune(
     mode = "full" if full else "qlora" if qlora else "lora"
     asked = {"model": model, "data": data, "out": out, "pictures": pictures, "downloads": downloads}
     size = {"steps": steps, "epochs": epochs, "batch_size": batch, "learning_rate": rate, "rank": rank}
-    run_teaching(dry_run, rehearsal, mode=mode, replay=replay, **asked, **size)
+    run_teaching(dry_run, rehearsal, report, mode=mode, replay=replay, **asked, **size)
 
 
-def run_teaching(dry_run: bool, rehearsal: bool, **wish: Any) -> None:
-    """Says what will happen, tries it, does it, and says how to chat with it. `wish` is what `Wish` says."""
+def run_teaching(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) -> None:
+    """Says what will happen, tries it, does it, and says what came of it. `wish` is what `Wish` says."""
     from rich.console import Console
 
     from assistant.models import ModelError
@@ -131,6 +136,7 @@ def run_teaching(dry_run: bool, rehearsal: bool, **wish: Any) -> None:
     from training.data.pictures import DataError
     from training.teaching import Wish, plan_of, rehearse, teach, teaching_recipe
     from training.teaching_plan import plan_table
+    from training.teaching_report import report_teaching
 
     runs = wish["out"].absolute().parent
     with plain_errors(RecipeError, DataError, ModelError):
@@ -149,6 +155,13 @@ def run_teaching(dry_run: bool, rehearsal: bool, **wish: Any) -> None:
     print(f"The model is in {model}. Chat with it: kangaroo chat {model}")
     if (model / "adapter").is_dir():
         print(f"Its adapter alone, for peft and vLLM: {model / 'adapter'}")
+    if report:
+        with plain_errors(RecipeError, DataError, ModelError):
+            try:
+                report_teaching(recipe, runs, Console())
+            except KeyboardInterrupt:
+                tell("stopped. The model is finished; the same command makes its report.")
+                raise typer.Exit(130) from None
 
 
 @data_app.command(
