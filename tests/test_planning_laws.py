@@ -173,6 +173,18 @@ def test_the_run_that_is_suggested_narrows_the_forecast(noisy: list[Study]) -> N
     assert better < dull
 
 
+@pytest.mark.parametrize("form", [Chinchilla(), Kaplan()], ids=["chinchilla", "kaplan"])
+def test_runs_in_which_size_or_data_does_nothing_are_refused(form: Form) -> None:
+    """As where one learning rate, too high for larger models, was taken for all: the law has no optimum then."""
+    pairs = [(size, amount) for size in (1e6, 1e7, 1e8) for amount in (1e8, 1e9, 1e10)]
+    worse_with_size = [Run("", size, amount, 2 * size**0.02 * amount**-0.05) for size, amount in pairs]
+    with pytest.raises(DataError, match=r"does not fall with size .* one learning rate"):
+        study(form, Runs(tuple(worse_with_size), "samples"))
+    flat_in_data = [Run("", size, amount, 2 * size**-0.05 * (1 + 1e-4 * (amount == 1e9))) for size, amount in pairs]
+    with pytest.raises(DataError, match="does not fall with samples"):
+        study(form, Runs(tuple(flat_in_data), "samples"))
+
+
 def some(pairs: list[tuple[float, float]]) -> Runs:
     """Runs of these sizes and numbers of samples."""
     return Runs(

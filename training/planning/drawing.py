@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from training.planning.forecast import LEVEL, Study, distinct
+from training.planning.basis import distinct
+from training.planning.forecast import LEVEL, Study
 
 REACH = 100.0  # times the dearest run's FLOPs that are drawn
 DOTS_PER_INCH = 120

@@ -8,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.data.pictures import DataError
+from training.planning.basis import enough, refuse_no_fall, refuse_too_little
 from training.planning.runs import Run, Runs
 from training.planning.scaling_laws import Array, Fit, Fitter, Form, Law, Points
 
 LEVEL = 0.9  # of every interval
 RESAMPLES = 200
-LEAST_DISTINCT = 3  # sizes, and numbers of samples: fewer do not bend a curve
-SAME = 0.05  # two sizes closer than this share of them are one
-TIED = 0.98  # correlation of log N and log D from which their parts cannot be told apart
 MOST_TRIES = 50  # draws for one resample, before the runs are said to be too few
 
 
@@ -108,6 +106,7 @@ def study(form: Form, runs: Runs, seed: int = 0, each: Callable[[range], Iterabl
     refuse_too_little(form, points, runs.unit)
     fitter = Fitter(form, points)
     fitted = fitter.whole()
+    refuse_no_fall(form, fitted.law, points, runs.unit)
     generator = np.random.default_rng(seed)
     laws = tuple(fitter.some(_resample(points, form.free, generator), fitted.theta).law for _ in each(range(RESAMPLES)))
     return Study(form, runs, fitted, laws, tuple(_left_out(fitter, runs.each, fitted)))
@@ -117,13 +116,9 @@ def _resample(points: Points, least: int, generator: np.random.Generator) -> NDA
     """Rows drawn with replacement, drawn again until they can tell the constants."""
     for _ in range(MOST_TRIES):
         rows = generator.integers(0, len(points), len(points))
-        if len(np.unique(rows)) > least and _enough(points.chosen(rows)):
+        if len(np.unique(rows)) > least and enough(points.chosen(rows)):
             return rows
     raise DataError("the runs are too few to be resampled: most draws of them lack sizes or samples; add some runs")
-
-
-def _enough(points: Points) -> bool:
-    return min(len(distinct(points.parameters)), len(distinct(points.samples))) >= LEAST_DISTINCT
 
 
 def _left_out(fitter: Fitter, runs: Sequence[Run], fitted: Fit) -> Iterator[Prediction]:
@@ -131,54 +126,9 @@ def _left_out(fitter: Fitter, runs: Sequence[Run], fitted: Fit) -> Iterator[Pred
     points = fitter.points
     for place, run in enumerate(runs):
         others = np.delete(np.arange(len(points)), place)
-        if len(others) >= fitter.form.free and _enough(points.chosen(others)):
+        if len(others) >= fitter.form.free and enough(points.chosen(others)):
             said = fitter.some(others, fitted.theta).law.loss(run.parameters, run.samples)
             yield Prediction(run, float(said))
-
-
-def distinct(values: Array) -> list[float]:
-    """The different ones among `values`, rising; those within 5 % of each other are one."""
-    found: list[float] = []
-    for value in np.sort(values):
-        if not found or value > found[-1] * (1 + SAME):
-            found.append(float(value))
-    return found
-
-
-def refuse_too_little(form: Form, points: Points, unit: str) -> None:
-    """Raises DataError where `points` cannot tell the constants of `form`, naming the run that would help most."""
-    sizes, amounts = distinct(points.parameters), distinct(points.samples)
-    small, middle = f"{sizes[0]:.3g} parameters", f"{sizes[len(sizes) // 2]:.3g} parameters"
-    if len(sizes) < LEAST_DISTINCT:
-        raise DataError(
-            f"the runs have {_told(sizes)} different sizes ({', '.join(f'{size:.3g}' for size in sizes)} parameters), "
-            f"and {LEAST_DISTINCT} are the least: nothing says how the loss falls with size. What would help most: "
-            f"runs of {sizes[0] / 4:.3g} and {sizes[0] / 2:.3g} parameters on {amounts[-1]:.3g} {unit}"
-        )
-    if len(amounts) < LEAST_DISTINCT:
-        seen = ", ".join(f"{amount:.3g}" for amount in amounts)
-        raise DataError(
-            f"the runs saw {_told(amounts)} different numbers of {unit} ({seen}), and {LEAST_DISTINCT} are the least: "
-            "nothing says how the loss falls with data. What would help most: runs of "
-            f"{middle} on {amounts[0] / 4:.3g} and {amounts[0] / 2:.3g} {unit}, each with a schedule of its own that "
-            "ends there"
-        )
-    if len(points) <= form.free:
-        raise DataError(
-            f"{len(points)} runs, and {form.name}'s form has {form.free} constants: {form.free + 1} runs are the "
-            f"least, and ten are a good start. What would help most: the smallest size on the most {unit} ({small} on "
-            f"{amounts[-1]:.3g}), and the largest on the fewest ({sizes[-1]:.3g} parameters on {amounts[0]:.3g})"
-        )
-    tie = np.corrcoef(np.log(points.parameters), np.log(points.samples))[0, 1]
-    if abs(tie) > TIED:
-        raise DataError(
-            f"size and {unit} change together in these runs (correlation {tie:.3f}): whether size or data lowers the "
-            f"loss cannot be told. What would help most: {small} on {amounts[-1 if tie > 0 else 0]:.3g} {unit}"
-        )
-
-
-def _told(found: Sequence[float]) -> str:
-    return "no" if len(found) < 2 else str(len(found))
 
 
 @dataclass(frozen=True)
