@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import jinja2, render_jinja_template
 from assistant.chat import IMAGE_TOKEN, PAD_TOKEN, user_message
 from assistant.checkpoint import load_model
 from assistant.fusion import LANGUAGE_MODELS
-from assistant.models import PICKLED_WEIGHTS, ModelError, _downloaded, _local_folder, missing_weights
+from assistant.models import PICKLED_WEIGHTS, ModelError, downloaded, local_folder, missing_weights
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Which template a model speaks by the token that begins its turns; a model with none of them was taught with plain
@@ -27,9 +27,9 @@ def find_language_model(name: str | Path) -> Path:
     Weights may be pickled, as Vicuna's are: they are read without running code.
     Raises ModelError when configuration, tokenizer or weights are missing, or the hub cannot be reached.
     """
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if missing_weights(folder) and not Path(name).expanduser().is_dir():
-        folder = _downloaded(str(name), PICKLED_PATTERNS)
+        folder = downloaded(str(name), PICKLED_PATTERNS)
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json")

@@ -24,7 +24,7 @@ def find_model(name: str | Path | None = None) -> Path:
 
     Raises ModelError when a file of the folder is missing, or the hub cannot be reached and holds no copy here.
     """
-    return require_complete(JOEY if name is None else _local_folder(name))
+    return require_complete(JOEY if name is None else local_folder(name))
 
 
 def find_tower(name: str | Path) -> Path:
@@ -33,9 +33,9 @@ def find_tower(name: str | Path) -> Path:
     Weights may be pickled, as in OpenAI's older CLIPs: they are read without running code.
     Raises ModelError when config, weights or image processor are missing, or the hub cannot be reached.
     """
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if missing_weights(folder) and not Path(name).expanduser().is_dir():
-        folder = _downloaded(str(name), [PICKLED_WEIGHTS])
+        folder = downloaded(str(name), [PICKLED_WEIGHTS])
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / file).is_file() for file in PROCESSOR_FILES):
         missing.append(PROCESSOR_FILES[1])
@@ -46,7 +46,7 @@ def find_tower(name: str | Path) -> Path:
     return folder
 
 
-def _local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path) -> Path:
     """The folder `name`, or where the model of the hub with that name lies on this machine, downloaded if need be."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -55,10 +55,10 @@ def _local_folder(name: str | Path) -> Path:
         raise ModelError(f"{name} is a file; a model is a folder with config.json, weights and processor")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise ModelError(f"there is no folder {name}, and it is no hub name (those look like owner/model)")
-    return _downloaded(str(name))
+    return downloaded(str(name))
 
 
-def _downloaded(name: str, only: list[str] | None = None) -> Path:
+def downloaded(name: str, only: list[str] | None = None) -> Path:
     """The folder on this machine with the files of the hub's model `name`, or with `only` these besides."""
     # Late, like everything slow: a page over a local folder is up before the hub's client would be.
     from huggingface_hub import snapshot_download
