@@ -129,7 +129,7 @@ def test_a_model_that_reads_is_asked_for_its_texts(runs: Path, tmp_path: Path) -
         assert looks[2]["alignment_drift"] == pytest.approx(moved, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "words", "simclr"])
+@pytest.mark.parametrize("name", ["dinov2", "words", pytest.param("simclr", marks=pytest.mark.slow)])
 def test_looking_leaves_no_trace(name: str, runs: Path, tmp_path: Path) -> None:
     """Weights after four steps are equal to the bit with and without, resumed too; dinov2 drops paths at random."""
     changes: dict[str, Any] = {"schedule": {"save_every": 2, "batch_size": 8}}

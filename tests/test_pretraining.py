@@ -131,7 +131,9 @@ def write_streamed_tars(folder: Path, tars: int = 2, samples: int = 10) -> None:
                     tar.addfile(member, io.BytesIO(content))
 
 
-@pytest.mark.parametrize(("name", "accumulation"), [("siglip", 2), ("mae", 2), ("simclr", 1)])
+@pytest.mark.parametrize(
+    ("name", "accumulation"), [("siglip", 2), ("mae", 2), pytest.param("simclr", 1, marks=pytest.mark.slow)]
+)
 def test_a_streamed_run_resumes_exactly(name: str, accumulation: int, runs: Path, tmp_path: Path) -> None:
     """From compressed tars, stopped after two of four steps: the same losses as uninterrupted, nothing read twice."""
     write_streamed_tars(tmp_path / "tars")
