@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaProcessor
 
@@ -112,7 +112,7 @@ def _check_language_alone(names: Iterable[str], adapter: Path) -> None:
 def _with_adapter(model: Llava, adapter: Path) -> PeftModel:
     file = adapter / SAFETENSORS_WEIGHTS_NAME
     try:
-        in_file = set(load_file(file)) if file.is_file() else set()
+        in_file = _names_in(file) if file.is_file() else set()
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (SafetensorError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -127,6 +127,11 @@ def _with_adapter(model: Llava, adapter: Path) -> PeftModel:
         wrong = ", ".join(sorted(in_file ^ in_model)[:3]) or "no weights"
         raise ModelError(f"{adapter}: the adapter is incomplete or of another model: {wrong}")
     return adapted
+
+
+def _names_in(file: Path) -> set[str]:
+    with safe_open(file, "pt") as weights:
+        return set(weights.keys())
 
 
 def merge_adapter(adapter: Path, target: Path, base: Path | None = None, dtype: torch.dtype = torch.float32) -> None:

@@ -156,9 +156,15 @@ def decode_data_url(url: str, limits: PictureLimits = DEFAULT_LIMITS, name: str 
         raise PictureError(f"{name}: the data URL is not valid base64.") from error
 
 
-def encode_data_url(image: Image.Image) -> str:
-    """A picture as a PNG data URL: every pixel as it is (`image` in a mode that PNG holds, such as RGB)."""
+def encode_data_url(image: Image.Image, jpeg_quality: int | None = None) -> str:
+    """A picture as a PNG data URL: every pixel as it is (`image` in a mode that PNG holds, such as RGB).
+
+    With `jpeg_quality` as a JPEG instead, some ten times as small: for pages that people look at.
+    """
     buffer = io.BytesIO()
+    if jpeg_quality is not None:
+        image.save(buffer, "JPEG", quality=jpeg_quality)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
     # Level 1: the URL is made to be read once by a neighbour, and level 6 costs five times the time for a fifth less.
     image.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -10,10 +10,12 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from playwright.sync_api import Browser, sync_playwright
 
 from serving.engine import Engine, LocalEngine
 from serving.gateway import create_gateway, listen
 from serving.model_folder import ModelFacts
+from tests.chromium import CHROMIUM_FLAGS, chromium_path
 from tests.tiny import make_tiny_llava
 
 MODEL_NAME = "tiny"
@@ -30,6 +32,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny LLaVA with random weights, in the published layout."""
     return make_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real Chromium; no longer than for one file, for it keeps an event loop running in this thread."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 import asyncio
 import os
 import re
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from serving.engine import Engine, LocalEngine, RemoteEngine, free_port
 from serving.gateway import create_gateway, listen
@@ -23,17 +21,6 @@ from serving.model_folder import ModelFacts
 from tests.conftest import MODEL_NAME
 from ui.browser.chat import EXAMPLES, attach_page, build_page
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE_PICTURES = [ROOT / "ui" / "browser" / "examples" / file for file, _ in EXAMPLES]
 # Time for a slow machine that does something else as well; nothing here waits so long when all is well.
@@ -41,18 +28,6 @@ PATIENCE = 60.0
 LONG_QUESTION = "Tell me a long story."
 # So many other requests keep the tiny model at one long answer for seconds; alone it is done before anyone can stop it.
 OTHER_REQUESTS = 31
-
-
-def chromium_path() -> str:
-    """A Chromium that starts. Ubuntu's `chromium-browser` may be a stub, hence the question for its version."""
-    for name in (os.environ.get("KANGAROO_CHROMIUM", ""), *CHROMIUM_NAMES):
-        path = shutil.which(name)
-        if path and subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
-            return path
-    pytest.fail(
-        "The browser tests need Chromium or Google Chrome. Install one (Debian: sudo apt-get install chromium), "
-        "or name its program in KANGAROO_CHROMIUM. `scripts/setup.sh browser` does it where apt-get works."
-    )
 
 
 @contextmanager
@@ -122,14 +97,6 @@ def busy(engine: LocalEngine) -> Iterator[None]:
         yield
     finally:
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

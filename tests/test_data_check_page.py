@@ -1,13 +1,11 @@
 """The report of a data check in a real Chromium: what it shows, that it fits a phone, and that nothing in it runs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
-from tests.test_browser import CHROMIUM_FLAGS, chromium_path
 from tests.test_conversations import encoded, write_lines
 from tests.tiny import make_tiny_llava
 from training.data.check_page import Section, write_page
@@ -18,14 +16,6 @@ from training.data.picture_references import PictureFinder
 from training.data.recognise import recognise
 
 EVIL = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">\"'>&amp; [b]"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

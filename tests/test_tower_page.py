@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Request, sync_playwright
+from playwright.sync_api import Browser, Request
 from torch import Tensor
 from torch.nn import functional
 
 from assistant.images import decode_data_url, open_picture
-from tests.test_browser import CHROMIUM_FLAGS, chromium_path
 from training.evaluation.features import Features
 from training.evaluation.markup import document, element
 from training.evaluation.measures import PICTURE_TO_TEXT, TEXT_TO_PICTURE, Measured, Measurement, Retrieved
@@ -251,14 +249,6 @@ def test_a_tower_that_names_all_right_has_nothing_to_confuse(findings: TowerFind
     page = tower_page(TowerFindings(findings.report, findings.data, findings.features, measurement))
     assert "confuses nothing" in page
     assert "Found by one another" not in page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
 
 
 def test_a_browser_shows_it_without_scripts_or_sideways_scrolling(

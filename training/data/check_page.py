@@ -1,18 +1,18 @@
 """Write what a check of conversation data found as one page that holds all it shows and runs no script."""
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from assistant.images import encode_data_url
 from training.data.check_samples import Shown, thumbnail
 from training.data.check_terminal import count_lines, notes, verdict_words
 from training.data.conversations import PictureReference
 from training.data.data_check import Check, Finding, histogram
 from training.data.picture_references import PictureFinder
 
+QUALITY = 85  # of the pictures, as JPEG
 MOST_FINDINGS = 50  # of each kind that the page lists
 STYLES = {"bold green": "good", "bold yellow": "warn", "bold red": "bad"}
 # A page made of other people's words: nothing is fetched, and nothing runs, whatever they hold.
@@ -121,9 +121,7 @@ def _figure(finder: PictureFinder, reference: PictureReference, number: int) -> 
     name = str(reference) if reference.where and not reference.where.startswith("data:") else f"picture {number}"
     if picture is None:
         return f"<figure><figcaption>{_safe(name)} has changed since it was checked</figcaption></figure>"
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    source = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+    source = encode_data_url(picture, QUALITY)
     size = f'width="{picture.width}" height="{picture.height}"'
     return f'<figure><img src="{source}" {size} alt="{_safe(name)}"><figcaption>{_safe(name)}</figcaption></figure>'
 

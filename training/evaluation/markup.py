@@ -1,12 +1,10 @@
 """Write HTML as elements, so that every text is escaped by whoever writes it down."""
 
-import base64
-import io
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from assistant.images import open_picture
+from assistant.images import encode_data_url, open_picture
 
 THUMBNAIL = 144  # pixels of the longer side; shown at two thirds of it, so that fine screens have enough
 QUALITY = 78
@@ -38,7 +36,4 @@ def thumbnail(content: bytes | Path, said: str) -> Element:
     """
     picture = open_picture(content, enough=THUMBNAIL)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
-    url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return element("img", src=url, alt=said, loading="lazy")
+    return element("img", src=encode_data_url(picture, QUALITY), alt=said, loading="lazy")

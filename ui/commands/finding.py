@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ui.commands.shared import PicturesArgument, fail, plain_errors, tell
+from ui.commands.shared import PicturesArgument, fail, plain_errors, stopping, tell
 
 PANEL = "Find and sort pictures"
 commands = typer.Typer()
@@ -76,11 +76,8 @@ def search(
     with plain_errors(ModelError):
         embedder = load_embedder(tower or JOEY / EMBEDDER)
     with plain_errors(IndexFileError, PictureError), FolderSearch(folder, embedder, index, anew) as found:
-        try:
+        with stopping("stopped. What was read so far is kept; the same command goes on from there."):
             news = found.refresh()
-        except KeyboardInterrupt:
-            tell("stopped. What was read so far is kept; the same command goes on from there.")
-            raise typer.Exit(130) from None
         for path, reason in news.damaged.items():
             tell(f"left out: {path}: {reason}")
         tell(said_of(news))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ui.commands.shared import fail, plain_errors, tell
+from ui.commands.shared import GOES_ON, fail, plain_errors, stopping
 
 PANEL = "Pretrain and measure"
 OF_RUNS, OF_RECIPE = "With RUNS", "With --recipe"  # how the options of `plan` stand together
@@ -34,11 +34,8 @@ def train(
 
     with plain_errors(RecipeError, DataError):
         read = read_recipe(recipe)
-        try:
+        with stopping(GOES_ON):
             result = run_recipe(rehearsal(read) if rehearse else read, data, runs, stage)
-        except KeyboardInterrupt:
-            tell("stopped. The same command goes on from the newest checkpoint.")
-            raise typer.Exit(130) from None
     answers = isinstance(read.stages[-1], InstructStage) and stage is None
     print(f"The result is in {result}. Try it: kangaroo {'chat' if answers else 'evaluate'} {result}")
 
@@ -114,22 +111,18 @@ def plan(
     from training.config import RecipeError
     from training.data.pictures import DataError
 
-    with plain_errors(RecipeError, DataError):
-        try:
-            if recipe:
-                from training.planning.costs_report import Wanted, report_costs
-                from training.planning.overview import report_overview
+    with plain_errors(RecipeError, DataError), stopping("stopped; nothing was written."):
+        if recipe:
+            from training.planning.costs_report import Wanted, report_costs
+            from training.planning.overview import report_overview
 
-                wanted = [Wanted(one, devices, memory, link, per_machine, batch, steps, fp32) for one in recipe]
-                if len(wanted) == 1:
-                    report_costs(wanted[0], Path("runs"), out, Console())
-                else:
-                    report_overview(wanted, Path("runs"), Console())
+            wanted = [Wanted(one, devices, memory, link, per_machine, batch, steps, fp32) for one in recipe]
+            if len(wanted) == 1:
+                report_costs(wanted[0], Path("runs"), out, Console())
             else:
-                from training.planning.runs_report import report_runs
+                report_overview(wanted, Path("runs"), Console())
+        else:
+            from training.planning.runs_report import report_runs
 
-                asked = None if parameters is None or samples is None else (parameters, samples)
-                report_runs(runs or [], out, Console(), budget, asked)
-        except KeyboardInterrupt:
-            tell("stopped; nothing was written.")
-            raise typer.Exit(130) from None
+            asked = None if parameters is None or samples is None else (parameters, samples)
+            report_runs(runs or [], out, Console(), budget, asked)

@@ -15,6 +15,7 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A model folder or a hub name (organisation/name).", show_default="Joey")
 ]
+GOES_ON = "stopped. The same command goes on from the newest checkpoint."
 PicturesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.", show_default=False)]
 
 
@@ -25,6 +26,16 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise fail(str(error)) from error
+
+
+@contextmanager
+def stopping(message: str) -> Iterator[None]:
+    """Ends the command with `message` on standard error and exit code 130, a shell's own, at Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(message)
+        raise typer.Exit(130) from None
 
 
 def fail(message: str) -> typer.Exit:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ui.commands.shared import ModelArgument, ModelOption, fail, plain_errors, tell
+from ui.commands.shared import GOES_ON, ModelArgument, ModelOption, fail, plain_errors, stopping, tell
 
 PANEL = "Teach"
 commands = typer.Typer()
@@ -144,24 +144,18 @@ def run_teaching(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) -> N
         Console().print(plan_table(plan_of(recipe, runs)))
         if dry_run:
             return
-        try:
+        with stopping(GOES_ON):
             if rehearsal:
                 tell("rehearsing two steps ...")
                 rehearse(recipe)
             model = teach(recipe, runs)
-        except KeyboardInterrupt:
-            tell("stopped. The same command goes on from the newest checkpoint.")
-            raise typer.Exit(130) from None
     print(f"The model is in {model}. Chat with it: kangaroo chat {model}")
     if (model / "adapter").is_dir():
         print(f"Its adapter alone, for peft and vLLM: {model / 'adapter'}")
     if report:
-        with plain_errors(RecipeError, DataError, ModelError):
-            try:
-                report_teaching(recipe, runs, Console())
-            except KeyboardInterrupt:
-                tell("stopped. The model is finished; the same command makes its report.")
-                raise typer.Exit(130) from None
+        said = "stopped. The model is finished; the same command makes its report."
+        with plain_errors(RecipeError, DataError, ModelError), stopping(said):
+            report_teaching(recipe, runs, Console())
 
 
 @data_app.command(
@@ -224,10 +218,6 @@ def check_data(
 
     sources = [file] if held_out is None else [file, held_out]
     wanted = Wanted(sources, model, pictures, split, longest, allow_downloads, strict, show, page, fixed)
-    with plain_errors(ModelError, DataError):
-        try:
-            stops = run_check(wanted, Console())
-        except KeyboardInterrupt:
-            tell("stopped; nothing was written.")
-            raise typer.Exit(130) from None
+    with plain_errors(ModelError, DataError), stopping("stopped; nothing was written."):
+        stops = run_check(wanted, Console())
     raise typer.Exit(1 if stops else 0)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ui.commands.shared import fail, plain_errors, tell
+from ui.commands.shared import fail, plain_errors, stopping, tell
 
 PANEL = "Pretrain and measure"
 commands = typer.Typer()
@@ -79,11 +79,10 @@ def evaluate(
     with plain_errors(ModelError, DataError):
         wording = read_templates(templates) if templates else ()
         wanted = Wanted(train, test, pairs, features, neighbours, batch, bf16, few, wording)
-        try:
+        with stopping(
+            "stopped." + (" The features so far are kept: the same command goes on from there." if keep else "")
+        ):
             findings = examine_tower(tower or JOEY / EMBEDDER, wanted, data, kept)
-        except KeyboardInterrupt:
-            tell("stopped." + (" The features so far are kept: the same command goes on from there." if keep else ""))
-            raise typer.Exit(130) from None
     for line in (*findings.report["notes"], *said_of_reuse(findings.report)):
         tell(line)
     Console().print(report_table(findings.report))
