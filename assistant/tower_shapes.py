@@ -35,6 +35,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from assistant.models import ModelError
+from assistant.position_embeddings import start_positions
 
 BILINEAR = 2  # PIL's number
 CLIP_END_TOKEN = "<|endoftext|>"  # OpenAI's name for it
@@ -97,11 +98,16 @@ class TextShape:
 
 
 def new_model(shape: ViTShape | ResNetShape) -> PreTrainedModel:
-    """transformers' bare vision model of that shape, its weights drawn from torch's default generator."""
+    """transformers' bare vision model of that shape, its weights drawn from torch's default generator.
+
+    The patches of a ViT stand at sine positions, see `start_positions`.
+    """
     if isinstance(shape, ResNetShape):
         kind, depths, widths = RESNETS[shape.depth]
         return ResNetModel(ResNetConfig(layer_type=kind, depths=list(depths), hidden_sizes=list(widths)))
-    return _NEW_MODEL[shape.family](shape)
+    model = _NEW_MODEL[shape.family](shape)
+    start_positions(model.get_submodule("embeddings"), shape.image_side // shape.patch)
+    return model
 
 
 def _sizes(shape: ViTShape) -> dict[str, Any]:
@@ -176,6 +182,7 @@ def output_side(image_processor: BaseImageProcessor) -> int:
 def new_pair(shape: ViTShape, text: TextShape, tokenizer: PreTrainedTokenizerBase) -> SiglipModel | CLIPModel:
     """A SigLIP or CLIP, as `shape.family` says, with random weights and a text half for `tokenizer`.
 
+    Its patches stand at sine positions, see `start_positions`.
     SigLIP's text half reads a text in both directions and pools at the last place; it gives as many channels as the
     tower has. CLIP's looks back only and pools at the end token; both halves are projected to the text's width, as in
     OpenAI's models. Raises ValueError for another family, and for CLIP with a tokenizer that `clip_tokenizer` has to
@@ -194,20 +201,23 @@ def new_pair(shape: ViTShape, text: TextShape, tokenizer: PreTrainedTokenizerBas
     }
     if shape.family == "siglip":
         siglip_text = SiglipTextConfig(**words, projection_size=shape.width)
-        return SiglipModel(
+        pair: SiglipModel | CLIPModel = SiglipModel(
             SiglipConfig(text_config=siglip_text.to_dict(), vision_config=_siglip_config(shape).to_dict())
         )
-    if shape.family == "clip":
+    elif shape.family == "clip":
         _check_end_token(tokenizer)
         clip_text = CLIPTextConfig(**words, hidden_act="gelu")
-        return CLIPModel(
+        pair = CLIPModel(
             CLIPConfig(
                 text_config=clip_text.to_dict(),
                 vision_config=_clip_config(shape).to_dict(),
                 projection_dim=text.width,
             )
         )
-    raise ValueError(f"a tower with a text half is a clip or a siglip, not a {shape.family}")
+    else:
+        raise ValueError(f"a tower with a text half is a clip or a siglip, not a {shape.family}")
+    start_positions(pair.get_submodule("vision_model.embeddings"), shape.image_side // shape.patch)
+    return pair
 
 
 def clip_tokenizer(tokenizer: PreTrainedTokenizerFast, length: int) -> PreTrainedTokenizerFast:

@@ -76,7 +76,6 @@ def test_a_scenes_regions_lie_where_its_objects_are_drawn() -> None:
             part = pixels[top:bottom, left:right].reshape(-1, 3)
             away = np.abs(part - pixels[0, 0]).sum(-1) > 60
             assert away.mean() > 0.25, (seed, region)
-            assert len(region.words) == 2
             assert any(f"a {region.words[1]} {region.words[0]}" in text.lower() for text in scene.statements[2]) or (
                 f"an {region.words[1]} {region.words[0]}" in scene.statements[2]
             )
@@ -125,7 +124,7 @@ def test_rare_words_weigh_more(tokenizer: PreTrainedTokenizerFast) -> None:
     objective.eval()
     objective(**batch)
     assert float(objective.pending.sum()) == 0
-    read = tokenizer("red star", add_special_tokens=False)["input_ids"]
+    read = tokenizer(" red star", add_special_tokens=False)["input_ids"]
     red, star = read[0], read[-1]
     weights = objective._weights()
     assert weights[red] < weights[star]

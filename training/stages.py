@@ -45,6 +45,7 @@ from training.config import (
     check_settings,
     objective_module,
 )
+from training.data.length_order import LongestFirst
 from training.data.lesson_judge import LessonJudge
 from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, PictureSet, read_rows
@@ -53,7 +54,7 @@ from training.data.scenes import make_scene
 from training.data.sources import open_pictures, tars_of
 from training.data.tar_streams import StreamedViews, TarStream
 from training.data.texts import TextBlocks, TextRow, read_texts
-from training.instruct_start import build_instruct_objective
+from training.instruct_start import build_instruct_objective, packs
 from training.lesson_sets import HELD_OUT_SEED, lesson_sets
 from training.monitors import TowerMonitor
 from training.objective import Objective, Start
@@ -214,7 +215,7 @@ def run_instruct(stage: InstructStage, workshop: Workshop) -> dict[str, float]:
 
 def prepared_lessons(
     stage: InstructStage, workshop: Workshop
-) -> tuple[InstructObjective, Mixture[Lesson], Mixture[Lesson]]:
+) -> tuple[InstructObjective, Mixture[Lesson] | LongestFirst[Lesson], Mixture[Lesson]]:
     """What trains, what it trains on, and what it is validated on. Raises RecipeError or DataError."""
     set_seed(stage.schedule.seed)
     objective = build_instruct_objective(stage, workshop.named)
@@ -224,7 +225,10 @@ def prepared_lessons(
     if stage.start_from is None:
         views = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
         calibrate_projector(objective.model, normalised(torch.stack(views), processor.image_processor))
-    return objective, train_set, held_out
+    step = samples_of(stage.schedule) // stage.schedule.steps
+    if packs(stage) or step == stage.schedule.batch_size:  # no padding, or one micro-batch, whatever the order
+        return objective, train_set, held_out
+    return objective, LongestFirst(train_set, step, judge.per_picture), held_out
 
 
 def samples_of(schedule: Schedule) -> int:

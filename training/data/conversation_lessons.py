@@ -62,6 +62,14 @@ class ConversationLessons:
                 return lesson
         raise DataError(f"{self.rows.name}: none of its {len(self)} rows can be taught")
 
+    def extent(self, index: int) -> tuple[int, int]:
+        """Pictures and characters of row `index`; none of a row that cannot be read."""
+        try:
+            conversation = self.rows[int(self._chosen[index])]
+        except RowError:
+            return 0, 0
+        return len(conversation.pictures), sum(len(message.text) for message in conversation.messages)
+
     def kept_aside(self, one_in: int) -> tuple["ConversationLessons", "ConversationLessons"]:
         """Lessons to train on and lessons to validate on: those of one picture in `one_in`, and of one at least.
 

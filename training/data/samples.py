@@ -25,6 +25,7 @@ CAPTION_QUESTIONS = (
 )
 LABEL_QUESTIONS = ("What is this?", "What is the main thing in this picture?", "What kind of picture is this?")
 KEPT_ASIDE = 32  # one picture in so many validates where no source is named for it
+SCENE_CHARACTERS = 220  # of the questions and answers about a scene, on average
 SMALLEST_LESSON_CROP = 0.8  # of the area, where the words name details that a small crop would lose
 
 Sample = TypeVar("Sample", covariant=True)
@@ -132,6 +133,12 @@ class ShardLessons:
         view = random_view(self.pixels[index], self.side, generator, SMALLEST_LESSON_CROP, mirror)
         return Lesson(row.id, (view,), chosen)
 
+    def extent(self, index: int) -> tuple[int, int]:
+        """One picture, and the characters of its turns, or their share where there are more than are taken."""
+        turns = self.turns_of(self.rows[index], np.random.default_rng(0))
+        characters = sum(len(question) + len(answer) for question, answer in turns)
+        return 1, characters * min(self.turns, len(turns)) // len(turns)
+
 
 def _caption_turns(row: PictureRow, generator: np.random.Generator) -> list[tuple[str, str]]:
     return [(_caption_question(generator), sentence(caption)) for caption in row.captions]
@@ -175,6 +182,10 @@ class SceneLessons:
         shuffled = tuple(turns[i] for i in generator.permutation(len(turns)))
         return Lesson(f"scene {scene.seed}", (pixels_of(scene.image),), shuffled, bool(generator.random() < 0.2))
 
+    def extent(self, index: int) -> tuple[int, int]:
+        """One picture, and what is asked of one on average: scenes are much alike."""
+        return 1, SCENE_CHARACTERS
+
 
 class TextLessons:
     """Lessons without a picture: a prompt and its answer."""
@@ -191,3 +202,8 @@ class TextLessons:
         """Row `index`."""
         row = self.rows[index]
         return Lesson(f"{row.source} text {index}", (), ((str(row.prompt), row.text),))
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """No picture, and the characters of both."""
+        row = self.rows[index]
+        return 0, len(str(row.prompt)) + len(row.text)

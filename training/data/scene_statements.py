@@ -1,4 +1,4 @@
-"""Short statements that are true of a scene, one fact each, sorted by what they tell."""
+"""What is true of a scene, one fact each: short statements of the whole, and words for each of its objects."""
 
 from training.data.scene_facts import Facts, Item
 from training.data.scene_wording import NUMBER_WORDS, PLACE_PHRASES, plural, with_article
@@ -39,3 +39,20 @@ def _about_objects(items: tuple[Item, ...]) -> list[tuple[str, ...]]:
 
 def _where(item: Item) -> str:
     return PLACE_PHRASES.get(item.place, f"in the {item.place} corner")
+
+
+def name(item: Item, items: tuple[Item, ...]) -> tuple[str, ...]:
+    """A word for each thing that is true of one of `items`: its shape and colour, where it stands, its size.
+
+    The last two count: how many objects there are, in letters, and how many of them are just like it, as a digit.
+    """
+    alike = sum((other.shape, other.colour) == (item.shape, item.colour) for other in items)
+    size = (item.size,) if item.size else ()
+    return (item.shape, item.colour, *_thirds(item), *size, NUMBER_WORDS[len(items)], str(alike))
+
+
+def _thirds(item: Item) -> tuple[str, ...]:
+    """Left or right, top or bottom, one word each where the centre leaves the middle; else that it is there."""
+    across = "left" if item.x < 0.4 else "right" if item.x > 0.6 else ""
+    down = "top" if item.y < 0.4 else "bottom" if item.y > 0.6 else ""
+    return tuple(filter(None, (across, down))) or ("middle",)

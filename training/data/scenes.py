@@ -14,7 +14,7 @@ from training.data.scene_captions import describe
 from training.data.scene_drawing import draw
 from training.data.scene_facts import KIND_WEIGHTS, SCENE_KINDS, Item, SceneKind, decide
 from training.data.scene_questions import ask
-from training.data.scene_statements import state
+from training.data.scene_statements import name, state
 from training.data.scene_wording import Question
 
 __all__ = ["EVALUATION_SEED", "SCENE_KINDS", "SMALLEST_SIDE", "Question", "Scene", "SceneKind", "make_scene"]
@@ -29,7 +29,7 @@ class Scene:
     """One picture (RGB, side x side) with two captions and four to eight questions about it.
 
     `statements` are short texts of one fact each, a tuple for each sort of fact; see `scene_statements`. `regions` are
-    the boxes of its objects with their shape and colour.
+    the boxes of its objects with words for each: shape, colour, place, numbers.
     """
 
     seed: int
@@ -65,10 +65,11 @@ def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Sce
     facts = decide(kind or drawn_kind, random)
     captions, questions = describe(facts, random), ask(facts, random)
     image = draw(facts, side, random)
-    return Scene(seed, facts.kind, image, captions, questions, state(facts), tuple(map(_region_of, facts.items)))
+    regions = tuple(_region_of(item, facts.items) for item in facts.items)
+    return Scene(seed, facts.kind, image, captions, questions, state(facts), regions)
 
 
-def _region_of(item: Item) -> Region:
-    """The box of an object, without the small tilt, and its two words."""
+def _region_of(item: Item, items: tuple[Item, ...]) -> Region:
+    """The box of one of `items`, without the small tilt, and its words."""
     half = item.diameter / 2
-    return Region((item.x - half, item.y - half, item.x + half, item.y + half), (item.shape, item.colour))
+    return Region((item.x - half, item.y - half, item.x + half, item.y + half), name(item, items))

@@ -49,7 +49,7 @@ class WordsObjective(siglip.SiglipObjective):
     """SuperClass (Huang et al. 2024): a softmax over the tokenizer's words, rare ones weighing more, beside SigLIP.
 
     The features are those of the layer that a language model will look at: each patch in a region names the region's
-    words, and their mean names those of the picture.
+    words, all weighing alike, and their mean names those of the picture.
     """
 
     def __init__(
@@ -94,7 +94,9 @@ class WordsObjective(siglip.SiglipObjective):
         """(most,) different ids of the words of `texts`, in their order, then -1."""
         if not texts:
             return torch.full((most,), -1)
-        read = self.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=most)["input_ids"]
+        # A space before, because that is how a word stands within texts; without it most words fall into pieces.
+        spaced = [f" {text}" for text in texts]
+        read = self.tokenizer(spaced, add_special_tokens=False, truncation=True, max_length=most)["input_ids"]
         different = list(dict.fromkeys(chain.from_iterable(read)))[:most]
         return torch.tensor(different + [-1] * (most - len(different)))
 
@@ -126,7 +128,7 @@ class WordsObjective(siglip.SiglipObjective):
         values["sigmoid_loss"] = self.settings.contrast * values["sigmoid_loss"]
         whole, patches = self.names(representations["whole"][told]), self.names(representations["patches"][named])
         values["words_loss"] = self.settings.pictures * naming_loss(whole, said[told], weights)
-        values["regions_loss"] = self.settings.regions * naming_loss(patches, region_said, weights)
+        values["regions_loss"] = self.settings.regions * naming_loss(patches, region_said, torch.ones_like(weights))
         return {**values, "regions_named": share_named(patches.detach(), region_said)}
 
     def watched(self, samples: int) -> Watched:
