@@ -103,6 +103,12 @@ def test_an_adapter_alone_is_counted_where_it_alone_trains() -> None:
         Subjects(NOWHERE, recipe.stages).objective(adapted.model_copy(update={"four_bits": True}))
 
 
+def test_a_stage_that_goes_on_from_models_of_the_hub_wants_the_one_before() -> None:
+    recipe = read_recipe("llava-1.5-7b")
+    with pytest.raises(RecipeError, match=r"stage tune goes on from align, .* train align first"):
+        Subjects(NOWHERE, recipe.stages).objective(recipe.stages[-1])
+
+
 TOLERANCE = {"fp32": 0.06, "bf16": 0.1, "eager": 0.06, "checkpointed": 0.2}
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from rich.console import Console
+from safetensors.torch import load_file
 
 from serving.engine import free_port
 from tests.test_pretraining import stage_of
@@ -93,6 +95,8 @@ def test_commands_name_every_machine() -> None:
     torchrun, accelerate = commands(step, "r.yaml", None, per_machine=8)
     assert "--nnodes 64 --nproc-per-node 8" in torchrun and "$FIRST" in torchrun
     assert "--num_machines 64 --num_processes 512" in accelerate and "--machine_rank $RANK" in accelerate
+    *_, zero = commands(step, "r.yaml", Path("plan/deepspeed.yaml"), per_machine=8)
+    assert zero.startswith("accelerate launch --config_file plan/deepspeed.yaml --machine_rank $RANK")
     one = commands(Step(stage_of("mae"), 8, 64, 1, True, WAYS[0]), "my recipe.yaml", None, per_machine=8)
     assert all("FIRST" not in command and "'my recipe.yaml'" in command for command in one)
     assert commands(Step(stage_of("mae"), 1, 64, 1, True, WAYS[0]), "r.yaml", None, 8) == [
@@ -112,6 +116,15 @@ def test_the_configuration_is_one_that_accelerate_reads(tmp_path: Path) -> None:
     assert read.distributed_type == "FSDP"
     assert read.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "SiglipEncoderLayer"
     assert read.fsdp_config["fsdp_version"] == 2
+
+
+def test_deepspeed_is_configured_for_shards_of_gradients(tmp_path: Path) -> None:
+    """Where the weights fit a device; FSDP has its own file, so there is one of the two."""
+    report_costs(Wanted("mae", 16), tmp_path / "runs", tmp_path / "plan", console := Console(record=True, width=140))
+    assert "--config_file" in console.export_text() and not (tmp_path / "plan" / "fsdp.yaml").exists()
+    read = load_config_from_file(str(tmp_path / "plan" / "deepspeed.yaml"))
+    assert (read.distributed_type, read.num_machines, read.num_processes) == ("DEEPSPEED", 2, 16)
+    assert read.deepspeed_config["zero_stage"] == 2 and read.deepspeed_config["gradient_clipping"] == 1.0
 
 
 def test_the_report_says_what_fits_and_how_to_start_it(tmp_path: Path) -> None:
@@ -150,7 +163,7 @@ def test_the_command_that_is_said_runs(launcher: str, launched: Path, tmp_path: 
     """On two processes that talk over gloo: what is said for GPUs, less the word for GPUs, plus a port of one's own."""
     recipe = read_recipe(str(launched))
     step = Step(recipe.stages[0], 2, 4, 1, False, WAYS[0])  # type: ignore[arg-type]
-    (said,) = [command for command in commands(step, str(launched), None, 8) if command.startswith(launcher)]
+    said = next(command for command in commands(step, str(launched), None, 8) if command.startswith(launcher))
     words: list[str] = shlex.split(said.replace("--multi_gpu", "--cpu").replace(" --data DATA", ""))
     port = {"torchrun": "--master-port", "accelerate": "--main_process_port"}[launcher]
     place = 2 if launcher == "accelerate" else 1
@@ -160,9 +173,41 @@ def test_the_command_that_is_said_runs(launcher: str, launched: Path, tmp_path: 
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     log = (tmp_path / "runs" / "tiny-2" / "mae" / "log.jsonl").read_text()
-    assert done.stdout.count("The result is in") >= 1
+    assert done.stdout.count("The result is in") == 1
     assert '"train_samples_per_second"' in log
     assert (tmp_path / "runs" / "tiny-2" / "model" / "model.safetensors").is_file()
+    # Each rank leaves its random state. Without GPUs and MPI accelerate starts one process, whatever it is told.
+    ranks = {file.name for file in (tmp_path / "runs" / "tiny-2" / "mae" / "checkpoints").glob("*/rng_state*")}
+    assert ranks == ({"rng_state_0.pth", "rng_state_1.pth"} if launcher == "torchrun" else {"rng_state.pth"})
+
+
+@pytest.mark.slow
+def test_deepspeed_ends_with_the_weights_of_torchrun(launched: Path, tmp_path: Path) -> None:
+    """Two processes with ZeRO-2. Wants `pip install deepspeed`, which is none of our packages."""
+    pytest.importorskip("deepspeed")
+    environment: dict[str, Any] = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    config = yaml.safe_load(launched.with_name("deepspeed.yaml").read_text())
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(config | {"use_cpu": True}))
+    train = ["-m", "ui.command_line", "train", str(launched), "--runs"]
+    starts = {
+        "zero": ["accelerate", "launch", "--config_file", str(tmp_path / "zero.yaml"), "--main_process_port"],
+        "plain": ["torchrun", "--nproc-per-node", "2", "--master-port"],
+    }
+    ends = {}
+    for name, start in starts.items():
+        words = [
+            str(Path(sys.executable).with_name(start[0])),
+            *start[1:],
+            str(free_port()),
+            *train,
+            str(tmp_path / name),
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends[name] = load_file(tmp_path / name / "tiny-2" / "model" / "model.safetensors")
+    assert ends["zero"].keys() == ends["plain"].keys()
+    for name, value in ends["plain"].items():
+        torch.testing.assert_close(ends["zero"][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_launched_recipe_can_be_rehearsed(launched: Path) -> None:

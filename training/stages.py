@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     SiglipConfig,
     set_seed,
 )
@@ -21,14 +22,7 @@ from assistant.embeddings import load_embedder
 from assistant.fusion import calibrate_projector
 from assistant.models import JOEY, find_tower, read_json
 from assistant.towers import (
-    ResNetShape,
-    TextShape,
-    ViTShape,
-    clip_tokenizer,
     load_tower,
-    new_image_processor,
-    new_pair,
-    new_tower,
     normalised,
 )
 from training.arguments import loader_batch
@@ -37,13 +31,10 @@ from training.config import (
     LanguageStage,
     PictureSource,
     RecipeError,
-    ResidualShape,
     Schedule,
     TextSource,
     TokenizerStage,
     TowerStage,
-    check_settings,
-    objective_module,
 )
 from training.data.length_order import LongestFirst
 from training.data.lesson_judge import LessonJudge
@@ -63,6 +54,7 @@ from training.objectives.language import LanguageObjective
 from training.sample_names import NamesSamples
 from training.sharding import gather_weights
 from training.tokenizer import fast_tokenizer, train_sentencepiece
+from training.tower_start import new_start, objective_on
 from training.trainer import train
 
 CALIBRATION_LESSONS = 48  # pictures whose features set the scale of a new projector
@@ -154,30 +146,14 @@ def opened_monitor(stage: TowerStage, validating: Sequence[PictureSet], workshop
 def build_tower_objective(stage: TowerStage, workshop: Workshop) -> Objective:
     """The objective of `stage` on its new or loaded tower. Raises RecipeError where the two do not fit."""
     start = _loaded_start(stage, workshop) if stage.start_from is not None else _new_start(stage, workshop)
-    for model in (start.model, start.tower.model if start.tower else None):
-        if model is not None and stage.attention is not None:
-            model.set_attn_implementation(stage.attention)
-    try:
-        return objective_module(stage.objective).build(check_settings(stage.objective, stage.settings), start)
-    except ValueError as error:
-        raise RecipeError(f"stage {stage.name}: {error}") from error
+    return objective_on(stage, start)
 
 
 def _new_start(stage: TowerStage, workshop: Workshop) -> Start:
-    shape = stage.backbone
-    if isinstance(shape, ResidualShape):
-        return Start(stage.side, new_tower(ResNetShape(shape.depth, shape.image_side)))
-    if shape is None:
-        raise RecipeError(f"stage {stage.name} has neither a backbone nor start_from")
-    vit = ViTShape(**shape.model_dump())
-    if stage.text is None:
-        return Start(stage.side, new_tower(vit))
-    tokenizer = AutoTokenizer.from_pretrained(JOEY if stage.tokenizer is None else workshop.output(stage.tokenizer))
-    if vit.family == "clip":
-        tokenizer = clip_tokenizer(tokenizer, stage.text.length)
-    text = TextShape(vit.width, stage.text.layers, vit.heads, stage.text.length, 2 * vit.width)
-    image_processor = new_image_processor(vit.family, vit.image_side)
-    return Start(stage.side, None, new_pair(vit, text, tokenizer), image_processor, tokenizer)
+    def tokenizer_of(name: str | None) -> PreTrainedTokenizerFast:
+        return AutoTokenizer.from_pretrained(JOEY if name is None else workshop.output(name))
+
+    return new_start(stage, stage.side, tokenizer_of)
 
 
 def _loaded_start(stage: TowerStage, workshop: Workshop) -> Start:

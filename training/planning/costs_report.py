@@ -12,6 +12,7 @@ from training.planning.costs import SPARE, WAYS, Costs, Step, TrainedStage
 from training.planning.launching import (
     bytes_in,
     commands,
+    deepspeed_config,
     fsdp_config,
     launched_recipe,
     machines,
@@ -154,7 +155,7 @@ def facts(wanted: Wanted, costs: Costs, step: Step) -> dict[str, Any]:
 
 
 def report_costs(wanted: Wanted, runs: Path, out: Path, console: Console) -> dict[str, Any]:
-    """Print tables and commands; write the changed recipe, and a configuration where FSDP is needed, into `out`."""
+    """Print tables and commands; write the changed recipe, and for several devices a configuration, into `out`."""
     recipe, costs, step = planned(wanted, runs)
     memory, link = bytes_in(wanted.memory, "--memory"), bytes_in(wanted.link, "--link")
     console.print(memory_table(costs, replace(step, accumulation=1), memory))
@@ -164,17 +165,27 @@ def report_costs(wanted: Wanted, runs: Path, out: Path, console: Console) -> dic
     file = out / f"{recipe.name}-{step.devices}.yaml"
     launched = launched_recipe(recipe, step, wanted.steps)
     write_recipe(launched, file)
-    config = out / "fsdp.yaml" if step.way.sharded else None
-    if config is not None:
-        config.write_text(fsdp_config(costs.objective, step, wanted.per_machine))
+    config = _written_config(costs, step, wanted.per_machine, out)
     for line in [*_said(costs, step, launched), *_to_launch(step, file, config, wanted.per_machine)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return facts(wanted, costs, step)
 
 
+def _written_config(costs: Costs, step: Step, per_machine: int, out: Path) -> Path | None:
+    if step.devices == 1:
+        return None
+    config = out / ("fsdp.yaml" if step.way.sharded else "deepspeed.yaml")
+    said = fsdp_config(costs.objective, step, per_machine) if step.way.sharded else deepspeed_config(step, per_machine)
+    config.write_text(said)
+    return config
+
+
 def _to_launch(step: Step, file: Path, config: Path | None, per_machine: int) -> list[str]:
     everywhere = " on every machine ($FIRST: the first one's address; $RANK: its own number, from 0)"
-    lines = [f"\n{file} is the recipe changed so. To launch it{everywhere if step.devices > per_machine else ''}:"]
+    how = " by one of these; deepspeed.yaml is for ZeRO-2, which wants `pip install deepspeed`"
+    several = how if step.devices > 1 and not step.way.sharded else ""
+    place = everywhere if step.devices > per_machine else ""
+    lines = [f"\n{file} is the recipe changed so. To launch it{several}{place}:"]
     return lines + [f"\n  {command}" for command in commands(step, str(file), config, per_machine)]
 
 

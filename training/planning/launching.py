@@ -1,10 +1,11 @@
-"""Write down how a planned step is launched: the changed recipe, a configuration for FSDP, and the commands."""
+"""Write down how a planned step is launched: the changed recipe, a configuration for accelerate, and the commands."""
 
 import math
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -106,15 +107,35 @@ def fsdp_config(objective: Objective, step: Step, per_machine: int) -> str:
         "fsdp_offload_params": False,
         "fsdp_activation_checkpointing": False,  # the recipe's own gradient_checkpointing does it
     }
+    return _accelerate_config(step, per_machine, "FSDP", {"fsdp_config": sharding})
+
+
+def deepspeed_config(step: Step, per_machine: int) -> str:
+    """accelerate's configuration file for DeepSpeed's ZeRO-2: gradients and AdamW's state are in shards, weights whole.
+
+    ZeRO-3, which shards weights too, is left to FSDP2: checkpoints and exports of ours would not find whole weights.
+    """
+    zero = {
+        "zero_stage": 2,
+        "gradient_clipping": 1.0,  # as our trainer does without it
+        "offload_optimizer_device": "none",
+        "offload_param_device": "none",
+        "zero3_init_flag": False,
+        "deepspeed_multinode_launcher": "standard",
+    }
+    return _accelerate_config(step, per_machine, "DEEPSPEED", {"deepspeed_config": zero})
+
+
+def _accelerate_config(step: Step, per_machine: int, kind: str, section: dict[str, Any]) -> str:
     said = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "FSDP",
+        "distributed_type": kind,
         "mixed_precision": "bf16" if step.half else "no",
         "num_machines": machines(step.devices, per_machine),
         "num_processes": step.devices,
         "rdzv_backend": "c10d",
         "same_network": True,
-        "fsdp_config": sharding,
+        **section,
     }
     return yaml.safe_dump(said, sort_keys=False)
 
@@ -127,16 +148,22 @@ def machines(devices: int, per_machine: int) -> int:
 
 
 def commands(step: Step, recipe: str, config: Path | None, per_machine: int, data: str = "DATA") -> list[str]:
-    """How to start `recipe` on every machine, by each launcher; FSDP needs accelerate's with a configuration."""
+    """How to start `recipe` on every machine, by each launcher.
+
+    `config` is accelerate's file: for FSDP, which starts in no other way, or else for DeepSpeed, which is one way more.
+    """
     count, file = machines(step.devices, per_machine), shlex.quote(recipe)
     train = f"-m ui.command_line train {file} --data {data}"
     meeting = f" --machine_rank $RANK --main_process_ip $FIRST --main_process_port {PORT}" if count > 1 else ""
     if step.devices == 1:
         return [f"kangaroo train {file} --data {data}"]
-    if config is not None:
-        return [f"accelerate launch --config_file {shlex.quote(str(config))}{meeting} {train}"]
+    configured = (
+        [] if config is None else [f"accelerate launch --config_file {shlex.quote(str(config))}{meeting} {train}"]
+    )
+    if step.way.sharded:
+        return configured
     accelerate = f"accelerate launch --multi_gpu --num_machines {count} --num_processes {step.devices}{meeting} {train}"
     if count == 1:
-        return [f"torchrun --nproc-per-node {step.devices} {train}", accelerate]
+        return [f"torchrun --nproc-per-node {step.devices} {train}", accelerate, *configured]
     rendezvous = f"--rdzv-id kangaroo --rdzv-backend c10d --rdzv-endpoint $FIRST:{PORT}"
-    return [f"torchrun --nnodes {count} --nproc-per-node {per_machine} {rendezvous} {train}", accelerate]
+    return [f"torchrun --nnodes {count} --nproc-per-node {per_machine} {rendezvous} {train}", accelerate, *configured]

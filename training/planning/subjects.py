@@ -14,25 +14,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from assistant.chat import BEGIN_TOKEN, END_TOKEN, JOEY_TEMPLATE, PAD_TOKEN, SPECIAL_TOKENS, UNKNOWN_TOKEN
 from assistant.fusion import join
 from assistant.models import JOEY
-from assistant.tower_shapes import ResNetShape, TextShape, ViTShape, clip_tokenizer, new_image_processor, new_pair
-from assistant.towers import Tower, load_tower, new_tower
+from assistant.towers import Tower, load_tower
 from training.adapters import add_lora
 from training.config import (
     InstructStage,
     LanguageStage,
     RecipeError,
-    ResidualShape,
     Stage,
     TokenizerStage,
     TowerStage,
-    check_settings,
-    objective_module,
 )
 from training.instruct_start import build_instruct_objective
 from training.objective import Objective, Start
 from training.objectives.instruct import InstructObjective
 from training.objectives.language import LanguageObjective
 from training.stages import Workshop, build_tower_objective, new_language_model
+from training.tower_start import new_start, objective_on
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,8 @@ class Subjects:
         if earlier is None:
             return build_tower_objective(stage, self.workshop)
         start = self._new_start(earlier, stage.side)
-        for model in (start.model, start.tower.model if start.tower else None):
-            if model is not None and stage.attention is not None:
-                model.set_attn_implementation(stage.attention)
-        try:
-            with torch.device("meta"):
-                return objective_module(stage.objective).build(check_settings(stage.objective, stage.settings), start)
-        except ValueError as error:
-            raise RecipeError(f"stage {stage.name}: {error}") from error
+        with torch.device("meta"):
+            return objective_on(stage, start)
 
     def _first_of(self, stage: TowerStage) -> TowerStage | None:
         """The stage whose new tower `stage` trains; None where that comes from a folder."""
@@ -87,25 +78,15 @@ class Subjects:
 
     def _new_start(self, stage: TowerStage, side: int) -> Start:
         """What `stage` begins with, in views of `side` pixels."""
-        shape = stage.backbone
         with torch.device("meta"):
-            if shape is None or isinstance(shape, ResidualShape):
-                depth, image_side = (shape.depth, shape.image_side) if shape else (50, side)
-                return Start(side, new_tower(ResNetShape(depth, image_side)))
-            vit = ViTShape(**shape.model_dump())
-            if stage.text is None:
-                return Start(side, new_tower(vit))
-            tokenizer = self._tokenizer(stage.tokenizer)
-            if vit.family == "clip":
-                tokenizer = clip_tokenizer(tokenizer, stage.text.length)
-            text = TextShape(vit.width, stage.text.layers, vit.heads, stage.text.length, 2 * vit.width)
-            model = new_pair(vit, text, tokenizer)
+            start = new_start(stage, side, self._tokenizer)
         # An objective reads and sets these two when it is built, so they have to have a value.
-        for name in {"logit_scale", "logit_bias"} & dict(model.named_parameters()).keys():
-            setattr(model, name, nn.Parameter(torch.ones(getattr(model, name).shape)))
-        return Start(side, None, model, new_image_processor(vit.family, vit.image_side), tokenizer)
+        if start.model is not None:
+            for name in {"logit_scale", "logit_bias"} & dict(start.model.named_parameters()).keys():
+                setattr(start.model, name, nn.Parameter(torch.ones(getattr(start.model, name).shape)))
+        return start
 
-    def _tokenizer(self, name: str | None) -> PreTrainedTokenizerBase:
+    def _tokenizer(self, name: str | None) -> PreTrainedTokenizerFast:
         """Joey's where None, a finished stage's, or a stand-in with as many words as the stage `name` will train."""
         stage = self._named(name)
         if isinstance(stage, TokenizerStage) and not (self.workshop.runs / stage.name / "output").is_dir():
@@ -127,6 +108,11 @@ class Subjects:
             joining = earlier
         language = self._named(joining.language_model)
         if not isinstance(language, LanguageStage):
+            if joining is not stage and not (self.workshop.runs / str(stage.start_from) / "output").is_dir():
+                raise RecipeError(
+                    f"stage {stage.name} goes on from {stage.start_from}, which joins models that have to be loaded: "
+                    f"train {stage.start_from} first (kangaroo train RECIPE --stage {stage.start_from})"
+                )
             return build_instruct_objective(stage, self.workshop.named)
         if stage.four_bits:
             raise RecipeError(

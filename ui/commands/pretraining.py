@@ -28,6 +28,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model by a recipe, stage after stage; run it again to go on where it stopped."""
+    from accelerate import PartialState
+
     from training.config import InstructStage, RecipeError, read_recipe, rehearsal
     from training.data.pictures import DataError
     from training.recipe import run_recipe
@@ -37,7 +39,8 @@ def train(
         with stopping(GOES_ON):
             result = run_recipe(rehearsal(read) if rehearse else read, data, runs, stage)
     answers = isinstance(read.stages[-1], InstructStage) and stage is None
-    print(f"The result is in {result}. Try it: kangaroo {'chat' if answers else 'evaluate'} {result}")
+    # One of several processes speaks for all.
+    PartialState().print(f"The result is in {result}. Try it: kangaroo {'chat' if answers else 'evaluate'} {result}")
 
 
 @commands.command(
