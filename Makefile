@@ -22,7 +22,7 @@ test: ## ruff, mypy and the tests, with real vLLM and a real browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## ruff and mypy alone
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from training.data.pictures import DataError
 from training.data.recognise import recognise
 from training.data.samples import Mixture
 from training.data.views import square
-from training.lesson_sets import lesson_sets, mixture_weights
+from training.lesson_sets import lesson_sets, mixture_weights, one_aside_in
 from training.objectives.instruct import InstructObjective, Lesson
 from training.recipe import run_recipe
 
@@ -180,6 +180,12 @@ def test_rows_kept_aside_share_no_picture_with_those_that_are_trained_on(folder:
     assert not names(trained) & names(validating)
     with pytest.raises(DataError, match="held_out_conversations"):
         lessons_of(folder, [talk(number, "1.png") for number in range(9)], judge).kept_aside(4)
+
+
+@pytest.mark.parametrize(("rows", "one_in"), [(2, 5), (80, 5), (160, 10), (400, 25), (512, 32), (600_000, 32)])
+def test_few_rows_keep_a_larger_share_aside(rows: int, one_in: int) -> None:
+    """A fifth at most, sixteen where there are enough, one in 32 of many."""
+    assert one_aside_in(rows) == one_in
 
 
 # -- Phases and replay -------------------------------------------------------------------------------------------------

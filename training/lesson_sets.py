@@ -18,6 +18,8 @@ from training.objectives.instruct import Lesson
 
 HELD_OUT_SEED = EVALUATION_SEED + 500_000_000  # scenes that validate; evaluation uses those below
 LONGEST_PROMPT_CHARACTERS = 300
+ROWS_ASIDE = 16
+LARGEST_SHARE_ASIDE = 5  # one in five
 
 DataFolder = Callable[[], Path]
 
@@ -35,7 +37,7 @@ def lesson_sets(
     others = [open_lessons(source, data_folder, judge) for source in stage.held_out_conversations]
     weights = [s.weight for s in stage.held_out] + [s.weight for s in stage.held_out_conversations]
     if not weights:
-        talks, others = map(list, zip(*(talk.kept_aside(KEPT_ASIDE) for talk in talks), strict=True))
+        talks, others = map(list, zip(*(talk.kept_aside(one_aside_in(len(talk))) for talk in talks), strict=True))
         weights = [source.weight or 1.0 for source in stage.conversations]
     pictured = [_lessons(source, stage, side, data_folder, 0, True) for source in stage.mixture]
     written = [TextLessons(rows, LONGEST_PROMPT_CHARACTERS) for rows in texts]
@@ -46,6 +48,15 @@ def lesson_sets(
         Mixture(trained, mixture_weights(stage), samples, seed),
         Mixture([*validating, *others], weights, stage.held_out_samples, seed),
     )
+
+
+def one_aside_in(rows: int) -> int:
+    """Of how many pictures one is kept aside where `rows` rows are taught.
+
+    Few rows need a larger share to tell anything: some 16, but no more than a fifth, and never less than one in
+    `KEPT_ASIDE`.
+    """
+    return max(LARGEST_SHARE_ASIDE, min(KEPT_ASIDE, rows // ROWS_ASIDE))
 
 
 def mixture_weights(stage: InstructStage) -> list[float] | list[Phase]:

@@ -55,7 +55,9 @@ DataOption = Annotated[
 PicturesOption = Annotated[
     str | None, typer.Option(help="Folder that the file's paths of pictures count from.", show_default="the file's")
 ]
-DownloadsOption = Annotated[bool, typer.Option("--allow-downloads", help="Fetch pictures that are https addresses.")]
+DownloadsOption = Annotated[
+    bool, typer.Option("--allow-downloads", help="Fetch pictures that are https addresses, and keep them.")
+]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="3 epochs")]
 EpochsOption = Annotated[float | None, typer.Option(min=0.01, help="How often each row is seen.", show_default="3")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Lessons of a step.", show_default="8")]
@@ -194,9 +196,7 @@ def check_data(
     ] = None,
     show: Annotated[int, typer.Option(min=0, max=50, help="How many rows are shown as the model reads them.")] = 3,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
-    allow_downloads: Annotated[
-        bool, typer.Option("--allow-downloads", help="Fetch pictures that are https addresses, and keep them.")
-    ] = False,
+    downloads: DownloadsOption = False,
 ) -> None:
     """Check data for teaching before any training; exit code 1 when training would stop.
 
@@ -217,7 +217,7 @@ def check_data(
     from training.data.pictures import DataError
 
     sources = [file] if held_out is None else [file, held_out]
-    wanted = Wanted(sources, model, pictures, split, longest, allow_downloads, strict, show, page, fixed)
+    wanted = Wanted(sources, model, pictures, split, longest, downloads, strict, show, page, fixed)
     with plain_errors(ModelError, DataError), stopping("stopped; nothing was written."):
         stops = run_check(wanted, Console())
     raise typer.Exit(1 if stops else 0)
