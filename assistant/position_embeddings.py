@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 LONGEST_WAVE = 10_000
+AMPLITUDE = 0.1  # of the start: at 1 a new tower sees all pictures alike, for its patches start small too
 
 
 def start_positions(embeddings: nn.Module, side: int) -> None:
@@ -17,7 +18,7 @@ def start_positions(embeddings: nn.Module, side: int) -> None:
     )
     with torch.no_grad():
         # The patches come last: some families have a class token before them.
-        table.view(-1, table.shape[-1])[-side * side :] = sine_positions(side, table.shape[-1]).to(table)
+        table.view(-1, table.shape[-1])[-side * side :] = AMPLITUDE * sine_positions(side, table.shape[-1]).to(table)
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from assistant.position_embeddings import sine_positions
+from assistant.position_embeddings import AMPLITUDE, sine_positions
 from assistant.towers import TextShape, ViTShape, clip_tokenizer, new_pair, new_tower
 from tests.tiny import make_tiny_tokenizer
 
@@ -46,7 +46,7 @@ def test_new_towers_start_from_them(family: Literal["clip", "siglip", "dinov2", 
     table = tower.model.get_parameter(f"embeddings.{name}")
     assert table.requires_grad
     rows = table.detach().view(-1, WIDTH)
-    torch.testing.assert_close(rows[-SIDE * SIDE :], by_hand(SIDE, WIDTH))
+    torch.testing.assert_close(rows[-SIDE * SIDE :], AMPLITUDE * by_hand(SIDE, WIDTH))
     assert len(rows) == SIDE * SIDE + (family != "siglip")
     assert all(float(row.abs().max()) < 0.5 for row in rows[: -SIDE * SIDE])
 
@@ -57,4 +57,4 @@ def test_pairs_start_from_them(family: Literal["clip", "siglip"], tmp_path: Path
     tokenizer = clip_tokenizer(plain, 8) if family == "clip" else plain
     pair = new_pair(ViTShape(family, WIDTH, 1, 2, 8, 8 * SIDE), TextShape(WIDTH, 1, 2, 8, 32), tokenizer)
     table = pair.get_parameter("vision_model.embeddings.position_embedding.weight").detach()
-    torch.testing.assert_close(table[-SIDE * SIDE :], by_hand(SIDE, WIDTH))
+    torch.testing.assert_close(table[-SIDE * SIDE :], AMPLITUDE * by_hand(SIDE, WIDTH))

@@ -617,7 +617,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreTrainedTo
 
 
 def test_a_new_siglip_is_transformers_own(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The same numbers and the same seed give the same weights as the plain configuration."""
+    """The same numbers and the same seed give the same weights as the plain configuration, but for the positions."""
     torch.manual_seed(3)
     ours = new_pair(ViTShape("siglip", WIDTH, 2, 2, PATCH, SIDE), TextShape(WIDTH, 1, 2, 12, 2 * WIDTH), tokenizer)
     text = SiglipTextConfig(
@@ -637,7 +637,8 @@ def test_a_new_siglip_is_transformers_own(tokenizer: PreTrainedTokenizerFast) ->
     theirs = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
     assert ours.config.to_dict() == theirs.config.to_dict()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    other = {key for key, value in ours.state_dict().items() if not torch.equal(value, theirs.state_dict()[key])}
+    assert other == {"vision_model.embeddings.position_embedding.weight"}
 
 
 @torch.no_grad()
