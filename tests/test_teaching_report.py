@@ -134,7 +134,7 @@ def test_what_is_asked_of_scenes_is_fixed_and_never_trained_on() -> None:
 def test_a_model_taught_to_say_yes_is_told_to_imagine(model: Path, tmp_path: Path, few_questions: None) -> None:
     """It says yes to what is not there as well, and that is said with the way out."""
     rows = write_rows(tmp_path / "rows", 20, lambda right: "yes")
-    recipe, _, _ = taught(model, rows, tmp_path, mode="full", steps=16, batch_size=4, learning_rate=5e-3)
+    recipe, _, _ = taught(model, rows, tmp_path, mode="full", steps=32, batch_size=4, learning_rate=5e-3)
     teach(recipe, tmp_path)
     console = Console(record=True, width=200)
     report = report_teaching(recipe, tmp_path, console)
