@@ -10,7 +10,6 @@ from PIL import Image
 
 from assistant.checkpoint import load_llava
 from tests.test_instruct_levers import assert_same, first_gradient, objective_on, uneven_lessons
-from tests.tiny import make_tiny_llava
 from training.config import ConversationSource, InstructStage, Schedule
 from training.data.length_order import LongestFirst
 from training.data.lesson_judge import LessonJudge
@@ -21,11 +20,6 @@ from training.objectives.instruct import Lesson
 from training.stages import Workshop, prepared_lessons
 
 PER_PICTURE = 100
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llava(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +39,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "rows.jsonl"
 
 
-def stage(folder: Path, data: Path, packing: bool, batch_size: int = 4, accumulation: int = 2) -> InstructStage:
+def stage(tiny_model: Path, data: Path, packing: bool, batch_size: int = 4, accumulation: int = 2) -> InstructStage:
     schedule = Schedule(steps=5, batch_size=batch_size, accumulation=accumulation, learning_rate=1e-3, bf16=False)
     return InstructStage(
         kind="instruct",
         name="tune",
-        start_from=str(folder),
+        start_from=str(tiny_model),
         trains=("projector",),
         packing=packing,
         conversations=(ConversationSource(conversations=str(data)),),
@@ -58,10 +52,10 @@ def stage(folder: Path, data: Path, packing: bool, batch_size: int = 4, accumula
     )
 
 
-def test_a_step_sees_the_same_lessons(folder: Path, data: Path, tmp_path: Path) -> None:
+def test_a_step_sees_the_same_lessons(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """The longest first, by what the model really reads, and with less padding."""
     workshop = Workshop(tmp_path, None)
-    objective, grouped, _ = prepared_lessons(stage(folder, data, packing=False), workshop)
+    objective, grouped, _ = prepared_lessons(stage(tiny_model, data, packing=False), workshop)
     assert isinstance(grouped, LongestFirst)
     plain = grouped.mixture
     assert len(grouped) == len(plain) == 40
@@ -80,28 +74,28 @@ def test_a_step_sees_the_same_lessons(folder: Path, data: Path, tmp_path: Path) 
         grouped[40]
 
 
-def test_the_gradient_of_a_step_stays(folder: Path, tmp_path: Path) -> None:
+def test_the_gradient_of_a_step_stays(tiny_model: Path, tmp_path: Path) -> None:
     """Eight uneven lessons as two micro-batches, in their own order and from the longest on."""
     lessons = uneven_lessons()
-    objective = objective_on(folder)
+    objective = objective_on(tiny_model)
     longest_first = sorted(lessons, key=lambda lesson: -len(objective.pack(lesson).ids))
     assert [lesson.name for lesson in longest_first] != [lesson.name for lesson in lessons]
-    plain = first_gradient(folder, tmp_path / "plain", 4, 2, lessons)
-    assert_same(first_gradient(folder, tmp_path / "grouped", 4, 2, longest_first), plain)
+    plain = first_gradient(tiny_model, tmp_path / "plain", 4, 2, lessons)
+    assert_same(first_gradient(tiny_model, tmp_path / "grouped", 4, 2, longest_first), plain)
 
 
 @pytest.mark.parametrize(("packing", "accumulation"), [(True, 2), (False, 1)])
 def test_where_it_would_save_nothing_the_order_stays(
-    folder: Path, data: Path, tmp_path: Path, packing: bool, accumulation: int
+    tiny_model: Path, data: Path, tmp_path: Path, packing: bool, accumulation: int
 ) -> None:
     """Packed rows have no padding, and one micro-batch a step is what it is."""
-    made = stage(folder, data, packing, accumulation=accumulation)
+    made = stage(tiny_model, data, packing, accumulation=accumulation)
     assert isinstance(prepared_lessons(made, Workshop(tmp_path, None))[1], Mixture)
 
 
-def test_extents_of_every_source(folder: Path, data: Path) -> None:
+def test_extents_of_every_source(tiny_model: Path, data: Path) -> None:
     """Rows, scenes and texts; they order as the real lengths do."""
-    judge = LessonJudge(load_llava(folder)[1], 900)
+    judge = LessonJudge(load_llava(tiny_model)[1], 900)
     rows = open_lessons(ConversationSource(conversations=str(data)), lambda: data.parent, judge)
     assert rows.extent(2) == (2, len("What is number 2?") + len(" ".join(["word"] * 15)))
     texts = TextLessons([TextRow("s", "an answer", "a prompt")], 300)

@@ -79,6 +79,10 @@ class Workshop:
         finished = self.runs / stage_folder_or_hub_name / "output"
         return finished if finished.is_dir() else stage_folder_or_hub_name
 
+    def tokenizer(self, name: str | None) -> PreTrainedTokenizerFast:
+        """The one that the stage or folder `name` holds; Joey's where None."""
+        return AutoTokenizer.from_pretrained(JOEY if name is None else self.output(name))
+
     def data_folder(self) -> Path:
         """The data folder. Raises DataError when none was given."""
         if self.data is None:
@@ -145,15 +149,9 @@ def opened_monitor(stage: TowerStage, validating: Sequence[PictureSet], workshop
 
 def build_tower_objective(stage: TowerStage, workshop: Workshop) -> Objective:
     """The objective of `stage` on its new or loaded tower. Raises RecipeError where the two do not fit."""
-    start = _loaded_start(stage, workshop) if stage.start_from is not None else _new_start(stage, workshop)
-    return objective_on(stage, start)
-
-
-def _new_start(stage: TowerStage, workshop: Workshop) -> Start:
-    def tokenizer_of(name: str | None) -> PreTrainedTokenizerFast:
-        return AutoTokenizer.from_pretrained(JOEY if name is None else workshop.output(name))
-
-    return new_start(stage, stage.side, tokenizer_of)
+    if stage.start_from is not None:
+        return objective_on(stage, _loaded_start(stage, workshop))
+    return objective_on(stage, new_start(stage, stage.side, workshop.tokenizer))
 
 
 def _loaded_start(stage: TowerStage, workshop: Workshop) -> Start:
@@ -168,7 +166,7 @@ def _loaded_start(stage: TowerStage, workshop: Workshop) -> Start:
 
 def run_language(stage: LanguageStage, workshop: Workshop) -> dict[str, float]:
     """Train a language model and export it."""
-    tokenizer = AutoTokenizer.from_pretrained(workshop.output(stage.tokenizer))
+    tokenizer = workshop.tokenizer(stage.tokenizer)
     set_seed(stage.schedule.seed)
     objective = LanguageObjective(new_language_model(stage, tokenizer), tokenizer)
     sources = text_sources(stage.texts, workshop, stage.exclude_captions_of)

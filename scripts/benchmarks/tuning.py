@@ -211,25 +211,26 @@ def _arguments(kind: type[Any], ours: TrainingArguments, folder: Path, **more: A
     return kind(output_dir=str(folder), eval_strategy="no", save_strategy="no", report_to="none", **said, **more)
 
 
-class InOrder(Trainer):
-    """transformers' Trainer, which would shuffle."""
+class InOrder:
+    """What a peer's trainer needs that would shuffle; stands before it among the bases."""
 
     def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
 
 
-class TrlInOrder(SFTTrainer):
-    """TRL's, likewise."""
+class PlainTrainer(InOrder, Trainer):
+    """transformers' Trainer in our order."""
 
-    def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+class TrlTrainer(InOrder, SFTTrainer):
+    """TRL's in our order."""
 
 
 def transformers_trainer(ours: ObjectiveTrainer, model: Path, rows: Rows, folder: Path) -> Trainer:
     """transformers' Trainer on the same samples in the same order, padded."""
     wrapped, processor = adapted(model, ours.objective)
     arguments = _arguments(TrainingArguments, ours.args, folder / "transformers")
-    return InOrder(wrapped, arguments, Collates(processor), rows)
+    return PlainTrainer(wrapped, arguments, Collates(processor), rows)
 
 
 def trl_trainer(ours: ObjectiveTrainer, model: Path, rows: Rows, folder: Path) -> Trainer:
@@ -239,7 +240,7 @@ def trl_trainer(ours: ObjectiveTrainer, model: Path, rows: Rows, folder: Path) -
     wrapped, processor = adapted(model, ours.objective)
     table = Table.from_list([rows[place] for place in range(len(rows))])
     arguments = _arguments(SFTConfig, ours.args, folder / "trl", assistant_only_loss=True, max_length=None)
-    return TrlInOrder(wrapped, arguments, train_dataset=table, processing_class=processor)
+    return TrlTrainer(wrapped, arguments, train_dataset=table, processing_class=processor)
 
 
 def losses_of(trainer: Trainer) -> list[float]:

@@ -9,11 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from assistant.chat import BEGIN_TOKEN, END_TOKEN, JOEY_TEMPLATE, PAD_TOKEN, SPECIAL_TOKENS, UNKNOWN_TOKEN
 from assistant.fusion import join
-from assistant.models import JOEY
 from assistant.towers import Tower, load_tower
 from training.adapters import add_lora
 from training.config import (
@@ -91,7 +90,7 @@ class Subjects:
         stage = self._named(name)
         if isinstance(stage, TokenizerStage) and not (self.workshop.runs / stage.name / "output").is_dir():
             return stand_in_tokenizer(stage.vocabulary)
-        return AutoTokenizer.from_pretrained(JOEY if name is None else self.workshop.output(name))
+        return self.workshop.tokenizer(name)
 
     def _language_model(self, stage: LanguageStage) -> tuple[Any, PreTrainedTokenizerBase]:
         tokenizer = self._tokenizer(stage.tokenizer)
