@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from assistant.chat import ConversationError, assistant_message, encode_conversation, user_message
 from assistant.checkpoint import load_llava
 from assistant.models import ModelError
+from assistant.pixels import pixels_of
 from assistant.towers import normalised
 from tests.tiny import make_tiny_llava, make_tiny_tokenizer
+from training.config import PictureSource
 from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, DecodedPictures, PictureRow
 from training.data.samples import SceneLessons, sentence
+from training.data.scenes import make_scene
+from training.data.sources import open_pictures
 from training.data.views import mirrors_safely, random_view, square
 from training.objectives.instruct import PREFIXES, InstructObjective, Lesson
 from training.sigmoid_loss import sigmoid_loss
@@ -228,6 +233,19 @@ def test_scene_lessons_never_meet_the_evaluation() -> None:
     """A lesson names its seed, and seeds of training stay below those of evaluation."""
     lesson = SceneLessons(10, 160).sample(3, np.random.default_rng(0))
     assert lesson.name == "scene 3" and len(lesson.turns) >= 4 and lesson.views[0].shape == (3, 160, 160)
+
+
+def test_scenes_of_named_kinds_take_turns() -> None:
+    """In lessons and in pictures alike; without names a scene is what its seed makes it."""
+    pictures = open_pictures(PictureSource(scenes=6, kinds=("count", "position"), weight=1), Path, 64)
+    assert [pictures[place].label for place in range(6)] == ["count", "position"] * 3
+    lessons, drawn = SceneLessons(2, 160, kinds=("count", "position")), SceneLessons(2, 160)
+    generator = np.random.default_rng(0)
+    assert "scene 1" == lessons.sample(1, generator).name == drawn.sample(1, generator).name
+    assert not np.array_equal(lessons.sample(1, generator).views[0], drawn.sample(1, generator).views[0])
+    assert np.array_equal(lessons.sample(0, generator).views[0], pixels_of(make_scene(0, 160, "count").image))
+    with pytest.raises(ValidationError, match="kinds are said of scenes only, not of a folder"):
+        PictureSource(folder="pictures", kinds=("count",), weight=1)
 
 
 def test_a_checkpoint_without_a_weight_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from assistant.projectors import Projector
 from training.adapters import LoraSettings
 from training.data.catalogue import Use
+from training.data.scene_facts import SceneKind
 from training.objectives.instruct import Part
 from training.strict import Strict
 
@@ -60,6 +61,7 @@ class PictureSource(Strict):
 
     shard: str | None = Field(None, description="name of the shards, such as flickr8k-train")
     scenes: int | None = Field(None, ge=1, description="how many different generated scenes")
+    kinds: tuple[SceneKind, ...] = Field((), description="scenes of these kinds only, all as often")
     folder: str | None = Field(None, description="folder of pictures; names of sub-folders are labels")
     captions: str | None = Field(
         None, description="file of captions, .jsonl or .csv; its pictures count from its folder"
@@ -92,6 +94,8 @@ class PictureSource(Strict):
             raise ValueError(f"only tars can be streamed, not a {named[0]}")
         if self.use == "questions" and named[0] not in ("shard", "scenes"):
             raise ValueError(f"a {named[0]} has no questions")
+        if self.kinds and self.scenes is None:
+            raise ValueError(f"kinds are said of scenes only, not of a {named[0]}")
         if self.use == "statements" and self.scenes is None:
             raise ValueError(f"only scenes have statements, not a {named[0]}")
         for use, column in (("captions", "text_column"), ("labels", "label_column")):

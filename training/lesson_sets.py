@@ -91,5 +91,5 @@ def _lessons(
     source: PictureSource, stage: InstructStage, side: int, data_folder: DataFolder, first_scene: int, augment: bool
 ) -> Source[Lesson]:
     if source.scenes is not None:
-        return SceneLessons(source.scenes, side, first_scene)
+        return SceneLessons(source.scenes, side, first_scene, source.kinds)
     return ShardLessons(data_folder(), str(source.shard), source.use, side, stage.turns, augment)

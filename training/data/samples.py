@@ -11,7 +11,7 @@ from assistant.pixels import pixels_of
 from assistant.questions import CAPTION_QUESTION
 from training.data.mixing import Phase, mixture_plan, phased_plan
 from training.data.pictures import DataError, DecodedPictures, Picture, PictureRow, PictureSet, read_rows
-from training.data.scenes import make_scene
+from training.data.scenes import SceneKind, kind_of, make_scene
 from training.data.texts import TextRow
 from training.data.views import mirrors_safely, random_view, square
 from training.objectives.instruct import Lesson
@@ -167,15 +167,15 @@ def sentence(text: str) -> str:
 class SceneLessons:
     """Lessons on generated scenes: all their questions, and a caption one time in two."""
 
-    def __init__(self, count: int, side: int, first_seed: int = 0) -> None:
-        self.count, self.side, self.first_seed = count, side, first_seed
+    def __init__(self, count: int, side: int, first_seed: int = 0, kinds: Sequence[SceneKind] = ()) -> None:
+        self.count, self.side, self.first_seed, self.kinds = count, side, first_seed, kinds
 
     def __len__(self) -> int:
         return self.count
 
     def sample(self, index: int, generator: np.random.Generator) -> Lesson:
         """The questions of scene `index`; one lesson in five is a dialogue, so that earlier turns are familiar."""
-        scene = make_scene(self.first_seed + index, self.side)
+        scene = make_scene(self.first_seed + index, self.side, kind_of(index, self.kinds))
         turns = [(question.question, question.answer) for question in scene.questions]
         if generator.random() < 0.5:
             turns.append((_caption_question(generator), sentence(pick(scene.captions, generator))))

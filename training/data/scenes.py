@@ -4,6 +4,7 @@ A scene is decided first (`scene_facts`), then drawn (`scene_drawing`), asked ab
 (`scene_captions`). Everything is drawn from the seed, so one number names a picture and all its words, on any run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -17,7 +18,16 @@ from training.data.scene_questions import ask
 from training.data.scene_statements import name, state
 from training.data.scene_wording import Question
 
-__all__ = ["EVALUATION_SEED", "SCENE_KINDS", "SMALLEST_SIDE", "Question", "Scene", "SceneKind", "make_scene"]
+__all__ = [
+    "EVALUATION_SEED",
+    "SCENE_KINDS",
+    "SMALLEST_SIDE",
+    "Question",
+    "Scene",
+    "SceneKind",
+    "kind_of",
+    "make_scene",
+]
 
 EVALUATION_SEED = 1_000_000_000  # training stays below this seed and evaluation starts at it, so no scene is in both
 SMALLEST_SIDE = 64  # below this the digits of a chart cannot be read
@@ -67,6 +77,11 @@ def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Sce
     image = draw(facts, side, random)
     regions = tuple(_region_of(item, facts.items) for item in facts.items)
     return Scene(seed, facts.kind, image, captions, questions, state(facts), regions)
+
+
+def kind_of(index: int, kinds: Sequence[SceneKind]) -> SceneKind | None:
+    """What the scene at place `index` of a source is to be: each of `kinds` in turn, or as its seed will have it."""
+    return kinds[index % len(kinds)] if kinds else None
 
 
 def _region_of(item: Item, items: tuple[Item, ...]) -> Region:

@@ -1,7 +1,7 @@
 """Open what a recipe calls a source of pictures, whatever format it is in."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -14,7 +14,7 @@ from training.data.decoding import DecodedSet
 from training.data.folders import FolderPictures
 from training.data.hub_datasets import TablePictures
 from training.data.pictures import Picture, PictureSet, ShardPictures
-from training.data.scenes import SMALLEST_SIDE, Scene, make_scene
+from training.data.scenes import SMALLEST_SIDE, Scene, SceneKind, kind_of, make_scene
 from training.data.tars import TarPictures, expand_tars
 
 
@@ -28,7 +28,7 @@ def open_pictures(
     what there is cannot be read.
     """
     if source.scenes is not None:
-        return ScenePictures(source.scenes, side, source.use, first_scene)
+        return ScenePictures(source.scenes, side, source.use, first_scene, source.kinds)
     name, encoded = open_encoded(source, data_folder)
     cache = None if source.cache is None else located(source.cache, data_folder)
     return DecodedSet(name, encoded, source.use, side, source.damaged, int(source.memory * 2**30), cache)
@@ -76,9 +76,10 @@ def located(path: str, data_folder: Callable[[], Path]) -> Path:
 class ScenePictures:
     """Generated scenes: their captions are the texts, and the kind of scene is the label."""
 
-    def __init__(self, count: int, side: int, use: str, first_seed: int = 0) -> None:
+    def __init__(self, count: int, side: int, use: str, first_seed: int = 0, kinds: Sequence[SceneKind] = ()) -> None:
         """`side` pixels of a view; a scene is drawn just so large, and at least as large as its words can be read."""
         self.count, self.side, self.use, self.first_seed = count, max(side, SMALLEST_SIDE), use, first_seed
+        self.kinds = kinds
 
     def __len__(self) -> int:
         return self.count
@@ -87,7 +88,7 @@ class ScenePictures:
         """Scene `index`."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        scene = make_scene(self.first_seed + index, self.side)
+        scene = make_scene(self.first_seed + index, self.side, kind_of(index, self.kinds))
         texts = texts_of(scene.captions, scene.kind, self.use)
         true: tuple[str, ...] = ()
         if self.use == "statements":
