@@ -36,7 +36,7 @@ from training.planning.passes import passes_of
 from training.planning.subjects import Subjects
 from training.sigmoid_loss import sigmoid_loss
 from training.stages import Workshop
-from training.supervised_loss import supervised_cross_entropy
+from training.supervised_loss import CHUNK, supervised_cross_entropy
 
 NOWHERE = Workshop(Path("nowhere"), None)
 RESNET = {"backbone": {"family": "resnet", "depth": 18, "image_side": 64}}
@@ -222,7 +222,7 @@ def test_the_logits_of_a_language_model_are_those_of_a_chunk() -> None:
     targets = torch.randint(len(head), (4 * 64,))
 
     def work() -> Tensor:
-        supervised_cross_entropy(hidden, head, targets, torch.ones(4 * 64)).backward()
+        supervised_cross_entropy(hidden, head, targets, torch.ones(4 * 64), CHUNK).backward()
         return torch.zeros(())
 
     costs = loss_costs(subject.objective, Batch(4, tokens=64))

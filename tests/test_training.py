@@ -85,8 +85,8 @@ def test_a_conversation_that_teaches_nothing_is_refused(tokenizer: PreTrainedTok
         encode_conversation(tokenizer, [user_message("Hello")], 5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_supervised_loss_is_cross_entropy(chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_supervised_loss_is_cross_entropy(chunk: int | None) -> None:
     """Value and both gradients equal torch's own on full logits."""
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, requires_grad=True)

@@ -5,13 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Tokens whose logits are alive at once: a GPU wants more work at a time, and a CPU is as quick with few.
+CHUNK, CHUNK_OF_CPU = 1024, 256
+
 
 def supervised_cross_entropy(
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    chunk: int = 1024,
+    chunk: int | None = None,
     total_weight: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean of -log softmax(hidden @ head.T)[target].
@@ -21,7 +24,7 @@ def supervised_cross_entropy(
         head: (V, D) output embedding.
         targets: (S,) token ids.
         token_weights: (S,) weight of each token, all 1 for the usual mean.
-        chunk: tokens whose (chunk, V) logits are alive at once.
+        chunk: tokens whose (chunk, V) logits are alive at once; by default what suits the device.
         total_weight: () what the weighted sum is divided by, where it is not the sum of these weights.
 
     The gradient is the closed form (softmax - one hot), computed along with the loss, so memory is O(chunk * V + V * D)
@@ -30,6 +33,8 @@ def supervised_cross_entropy(
     """
     if targets.numel() == 0:
         raise ValueError("no token of this batch is supervised; check the data with the recipe's preview")
+    if chunk is None:
+        chunk = CHUNK_OF_CPU if hidden.device.type == "cpu" else CHUNK
     divisor = token_weights.sum() if total_weight is None else total_weight
     return _ChunkedCrossEntropy.apply(hidden, head, targets, token_weights / divisor, chunk)
 
@@ -47,9 +52,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = (narrow_hidden[part] @ narrow_head.T).float()
             target, weight = targets[part, None], weights[part, None].float()
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (weight * (log_normaliser - logits.gather(-1, target))).sum()
-            gradient = logits.sub_(log_normaliser).exp_().mul_(weight).scatter_add_(-1, target, -weight).to(dtype)
+            logits -= logits.amax(-1, keepdim=True)
+            of_target = logits.gather(-1, target)
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += (weight * (total.log() - of_target)).sum()
+            gradient = logits.mul_(weight / total).scatter_add_(-1, target, -weight).to(dtype)
             hidden_gradient[part] = gradient @ narrow_head
             if head_gradient is not None:
                 head_gradient += gradient.T @ narrow_hidden[part]

@@ -22,9 +22,9 @@ from training.objectives.words import WordsObjective
 from training.picture_text import PictureTextObjective
 from training.planning.activations import FULL, head_kept
 from training.self_distillation import LARGE_CROPS, SelfDistillation
+from training.supervised_loss import CHUNK
 
 IDENTITY = 8  # bytes of one text's identity
-CHUNK = 1024  # tokens whose logits are alive at once, as `supervised_cross_entropy` has it
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,12 @@ def _mae(objective: MaeObjective, batch: Batch) -> LossCosts:
 
 
 def _next_tokens(objective: LanguageObjective | InstructObjective, batch: Batch) -> LossCosts:
-    """Gradients of hidden states and of the output embedding, and the logits of a chunk of tokens."""
+    """Gradients of hidden states and of the output embedding, and the logits of a chunk of tokens on a GPU."""
     head = objective.model.get_output_embeddings().weight
     tokens = batch.samples * batch.tokens
     gradients = tokens * head.shape[1] * FULL + head.numel() * FULL
-    return LossCosts(gradients, 2 * min(tokens, CHUNK) * head.shape[0] * FULL)
+    size = FULL + 2 if batch.half else FULL  # the product, and what the loss is computed from
+    return LossCosts(gradients, min(tokens, CHUNK) * head.shape[0] * size)
 
 
 def messages(objective: Objective, batch: Batch, scale: float = LARGEST_SCALE) -> list[Message]:
