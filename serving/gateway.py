@@ -15,16 +15,18 @@ import anyio
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from tokenizers import Tokenizer
 
 from assistant.images import PictureLimits
 from assistant.models import ModelError
 from assistant.plain_text import PlainText
 from serving.body_limit import BodyLimit
+from serving.chat_service import ChatService
 from serving.engine import Engine, EngineError, LocalEngine, Phase
-from serving.errors import ApiError, error_response, install_error_handlers
+from serving.errors import error_response, install_error_handlers
 from serving.model_folder import ModelFacts
-from serving.routes import chat
+from serving.routes import chat, models
 from serving.upstream import Upstream
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
@@ -62,7 +64,7 @@ def create_gateway(
         await upstream.close()
 
     app = FastAPI(title="Kangaroo", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.chat_service = chat.ChatService(
+    app.state.chat_service = ChatService(
         engine=engine,
         upstream=upstream,
         model_name=model_name,
@@ -74,25 +76,14 @@ def create_gateway(
     )
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, max_seconds=limits.body_seconds)
     install_error_handlers(app)
-    app.include_router(chat.router)
-    _add_information_routes(app, engine, model_name)
+    for route in (chat, models):
+        app.include_router(route.router)
+    _add_health(app, engine)
     _add_unknown_routes(app)
     return app
 
 
-def _add_information_routes(app: FastAPI, engine: Engine, model_name: str) -> None:
-    model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "kangaroo"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        if name != model_name:
-            raise ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
-        return model
-
+def _add_health(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """The gateway is alive when this answers; `engine` says whether it can chat, and why not."""
@@ -102,13 +93,16 @@ def _add_information_routes(app: FastAPI, engine: Engine, model_name: str) -> No
 
 def _add_unknown_routes(app: FastAPI) -> None:
     """Answer what is left under /v1 ourselves, or a page mounted at / would answer it in its own way."""
-    posted, fetched = {"/v1/chat/completions"}, {"/v1/models"}
 
     @app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False)
     async def unknown(path: str, request: Request) -> Response:
         url = f"/v1/{path}"
-        if url in posted or url in fetched:
-            headers = {"Allow": "POST" if url in posted else "GET"}
+        allowed: set[str] = set()
+        for route in request.app.routes:
+            if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
+                allowed |= route.methods or set()
+        if allowed:
+            headers = {"Allow": ", ".join(sorted(allowed))}
             return error_response(405, f"{request.method} is not allowed for {url}.", headers=headers)
         return error_response(404, f"There is no {url} on this server.", code="unknown_url")
 

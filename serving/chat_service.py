@@ -1,0 +1,128 @@
+"""Check what only this server can know of a conversation, and make its texts and pictures safe for the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from fastapi import Request
+
+from assistant.images import PictureError, PictureLimits, decode_data_url, encode_data_url, open_picture
+from assistant.plain_text import PlainText, SpecialTextError
+from serving.engine import Engine, Phase
+from serving.errors import ApiError
+from serving.protocols.common import Message, PicturePart, TextPart
+from serving.upstream import Upstream
+
+SECONDS_TO_TRY_AGAIN = 5
+
+
+@dataclass(frozen=True)
+class ChatService:
+    """What the routes work with that ask the engine. `context_length` counts tokens; None where it is not known."""
+
+    engine: Engine
+    upstream: Upstream
+    model_name: str
+    plain_text: PlainText
+    most_pictures: int
+    picture_limits: PictureLimits
+    context_length: int | None
+    # Each open picture may take some 200 MB for a moment, so only few are opened at once.
+    opening: anyio.CapacityLimiter
+
+
+def chat_service(request: Request) -> ChatService:
+    """The service of the app that `request` came to."""
+    service = request.app.state.chat_service
+    assert isinstance(service, ChatService)
+    return service
+
+
+def check_model(name: str | None, service: ChatService) -> None:
+    """Raises ApiError for any name but that of the one model here; None asks for that one."""
+    if name is not None and name != service.model_name:
+        message = f"The model `{name}` does not exist; this server has `{service.model_name}`."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def check_tokens(asked: int | None, param: str, service: ChatService) -> None:
+    """Raises ApiError where more tokens are asked for than the model's context holds."""
+    if asked is not None and service.context_length is not None and asked > service.context_length:
+        raise ApiError(400, f"{param}: the model holds {service.context_length} tokens in all.", param=param)
+
+
+def check_pictures(messages: Sequence[Message], param: str, service: ChatService) -> None:
+    """Raises ApiError where the messages hold too many pictures."""
+    pictures = sum(isinstance(part, PicturePart) for message in messages for part in message.parts())
+    if pictures > service.most_pictures:
+        message = f"The messages hold {pictures} pictures; the limit is {service.most_pictures}."
+        raise ApiError(400, message, param=param)
+
+
+async def check_engine(engine: Engine) -> None:
+    """Raises ApiError (503) with the reason while the engine cannot answer."""
+    state = await anyio.to_thread.run_sync(engine.state)
+    if state.phase is Phase.LOADING:
+        message = f"The engine is not ready yet: {state.reason}."
+        raise ApiError(503, message, code="engine_loading", retry_after=SECONDS_TO_TRY_AGAIN)
+    if state.phase is not Phase.READY:
+        raise ApiError(503, f"The engine has stopped: {state.reason}.", code="engine_stopped")
+
+
+async def safe_messages(messages: Sequence[Message], service: ChatService) -> list[dict[str, Any]]:
+    """The messages as the engine gets them: texts that are only text, pictures that were opened and saved anew."""
+
+    def made_safe() -> list[dict[str, Any]]:
+        return [
+            {"role": message.role, "content": _safe_content(message, f"messages.{number}.content", service)}
+            for number, message in enumerate(messages)
+        ]
+
+    return await anyio.to_thread.run_sync(made_safe, limiter=service.opening)
+
+
+def _safe_content(message: Message, param: str, service: ChatService) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for part in _joined_texts(message):
+        if isinstance(part, PicturePart):
+            content.append(picture_part(safe_picture(part.image_url.url, param, service.picture_limits)))
+        else:
+            content.append({"type": "text", "text": safe_text(part.text, param, service.plain_text)})
+    return content
+
+
+def _joined_texts(message: Message) -> list[TextPart | PicturePart]:
+    """Neighbouring texts as one, as the chat template joins them: `<ima` and `ge>` must not slip through apart."""
+    parts: list[TextPart | PicturePart] = []
+    for part in message.parts():
+        if parts and isinstance(part, TextPart) and isinstance(parts[-1], TextPart):
+            parts[-1] = TextPart(type="text", text=parts[-1].text + part.text)
+        else:
+            parts.append(part)
+    return parts
+
+
+def safe_text(text: str, param: str, plain_text: PlainText) -> str:
+    """`text` with no special token in it. Raises ApiError where one cannot be taken apart."""
+    try:
+        return plain_text(text)
+    except SpecialTextError as error:
+        raise ApiError(400, f"{param}: {error}.", param=param) from error
+
+
+def safe_picture(source: str | bytes, param: str, limits: PictureLimits) -> str:
+    """A data URL of the picture in `source`, a data URL or a file's bytes, opened and saved anew.
+
+    Raises ApiError for a picture that cannot be used, with the status that says why.
+    """
+    try:
+        content = source if isinstance(source, bytes) else decode_data_url(source, limits)
+        return encode_data_url(open_picture(content, limits))
+    except PictureError as error:
+        raise ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image") from error
+
+
+def picture_part(url: str) -> dict[str, Any]:
+    """A picture in a message, as OpenAI writes it."""
+    return {"type": "image_url", "image_url": {"url": url}}
