@@ -38,7 +38,7 @@ class Assistant:
 
     def answer_batch(self, requests: Sequence[Request], max_new_tokens: int = 64) -> list[str]:
         """The answers to `requests`, all generated at once."""
-        inputs = self._inputs(requests)
+        inputs = self.inputs(requests)
         with torch.inference_mode():
             ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers = self.processor.tokenizer.batch_decode(
@@ -48,7 +48,7 @@ class Assistant:
 
     def stream(self, request: Request, max_new_tokens: int = 256) -> Iterator[str]:
         """The answer to `request`, piece by piece as it is generated. An error of the model is raised here."""
-        inputs = self._inputs([request])
+        inputs = self.inputs([request])
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures: list[BaseException] = []
 
@@ -67,7 +67,8 @@ class Assistant:
         if failures:
             raise failures[0]
 
-    def _inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    def inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """What the model reads of `requests`, in rows of one length, on its device."""
         template = self.processor.chat_template
         prompts = [
             self.processor.apply_chat_template(
