@@ -2,9 +2,11 @@
 
 import asyncio
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, error_response
+from serving.notes import note_of
 
 
 class BodyLimit:
@@ -13,10 +15,12 @@ class BodyLimit:
     Args:
         max_bytes: of a whole body.
         max_seconds: for a whole body to arrive.
+        keep_body: for the log, where the person who runs the server asks for contents.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float, keep_body: bool = False) -> None:
         self.app = app
+        self.keep_body = keep_body
         self.max_bytes = max_bytes
         self.max_seconds = max_seconds
 
@@ -32,6 +36,8 @@ class BodyLimit:
             return
         if body is None:
             return
+        note = note_of(HTTPConnection(scope))
+        note.body_bytes, note.body = len(body), body if self.keep_body else None
         await self.app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:

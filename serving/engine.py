@@ -53,16 +53,27 @@ class EngineState:
 
 
 class Engine(Protocol):
-    """Where requests go: an OpenAI-compatible server with its key. `state` may wait for half a second at most."""
+    """Where requests go: an OpenAI-compatible server with its key, both anew after a restart.
 
-    base_url: str
-    api_key: str | None
+    `state` may wait for half a second at most.
+    """
+
+    @property
+    def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str | None: ...
+
+    @property
+    def restarts(self) -> int: ...
 
     def state(self) -> EngineState: ...
 
 
 class RemoteEngine:
     """An engine that somebody else started, on this machine or another."""
+
+    restarts = 0  # those are somebody else's too
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
@@ -89,6 +100,8 @@ class LocalEngine:
         EngineError: vLLM is not installed.
         ModelError: a file is missing in the folder.
     """
+
+    restarts = 0  # `serving.restarting` starts another one
 
     def __init__(
         self,

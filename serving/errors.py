@@ -10,6 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from serving.notes import note_of
+
 LONGEST_MESSAGE = 500
 
 
@@ -63,7 +65,8 @@ def install_error_handlers(app: FastAPI) -> None:
     # The traceback goes to the log of the server; the person asking is told no more than that it happened.
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:
-        return error_response(HTTPStatus.INTERNAL_SERVER_ERROR, "The server failed; its log says why.")
+        headers = {"x-request-id": note_of(request).request_id}
+        return error_response(HTTPStatus.INTERNAL_SERVER_ERROR, "The server failed; its log says why.", headers=headers)
 
 
 def describe(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:

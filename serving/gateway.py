@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import anyio
 import uvicorn
@@ -21,12 +20,14 @@ from tokenizers import Tokenizer
 from assistant.images import PictureLimits
 from assistant.models import ModelError
 from assistant.plain_text import PlainText
-from serving.body_limit import BodyLimit
 from serving.chat_service import ChatService
+from serving.doors import Doors, hang_doors
+from serving.embedding_service import EmbeddingService
 from serving.engine import Engine, EngineError, LocalEngine, Phase
 from serving.errors import error_response, install_error_handlers
 from serving.model_folder import ModelFacts
-from serving.routes import chat, models
+from serving.openapi import describe_api
+from serving.routes import captions, chat, embeddings, information, models, responses
 from serving.upstream import Upstream
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
@@ -48,6 +49,7 @@ def create_gateway(
     model_name: str,
     facts: ModelFacts,
     limits: GatewayLimits = GatewayLimits(),
+    doors: Doors | None = None,
 ) -> FastAPI:
     """The API over `engine`. Pages may be mounted on the app that comes back; they use the API as any client does.
 
@@ -55,8 +57,10 @@ def create_gateway(
         engine: need not be ready yet; requests are answered with 503 and the reason until it is.
         model_name: the one model that clients may ask for.
         facts: of the model's folder; its tokenizer says which words are special.
+        doors: who may come in; everybody where nothing is said.
     """
-    upstream = Upstream(engine.base_url, engine.api_key)
+    upstream = Upstream(engine)
+    doors = doors or Doors()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,21 +78,15 @@ def create_gateway(
         context_length=facts.context_length,
         opening=anyio.CapacityLimiter(limits.pictures_opened_at_once),
     )
-    app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, max_seconds=limits.body_seconds)
+    app.state.embedding_service = EmbeddingService(facts.folder, model_name)
+    app.state.doors = doors
+    hang_doors(app, doors, limits.body_bytes, limits.body_seconds)
     install_error_handlers(app)
-    for route in (chat, models):
+    for route in (chat, responses, captions, embeddings, models, information):
         app.include_router(route.router)
-    _add_health(app, engine)
     _add_unknown_routes(app)
+    describe_api(app, model_name, needs_key=doors.keys is not None)
     return app
-
-
-def _add_health(app: FastAPI, engine: Engine) -> None:
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """The gateway is alive when this answers; `engine` says whether it can chat, and why not."""
-        state = await anyio.to_thread.run_sync(engine.state)
-        return {"status": "alive", "engine": {"state": state.phase, "reason": state.reason}}
 
 
 def _add_unknown_routes(app: FastAPI) -> None:

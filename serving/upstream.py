@@ -1,7 +1,8 @@
 """Pass a request on to the engine and its answer back, and let go of the engine when the client has gone."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -10,10 +11,18 @@ from fastapi import Request
 from starlette.background import BackgroundTask
 from starlette.responses import Response, StreamingResponse
 
-from serving.errors import error_object, error_response
+from serving.engine import Engine
+from serving.errors import ApiError, error_object, error_response
+from serving.notes import Note, note_of
 
 SECONDS_TO_CONNECT = 5.0
+SECONDS_FOR_NUMBERS = 5.0
 TRY_AGAIN = {"Retry-After": "5"}
+CHAT = "/v1/chat/completions"
+
+
+class EngineGone(RuntimeError):
+    """The engine did not answer."""
 
 
 class Upstream:
@@ -22,11 +31,10 @@ class Upstream:
     There is no limit of time on answers: a long one is no fault. A client that goes away ends the engine's work on it.
     """
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    def __init__(self, engine: Engine) -> None:
+        """`engine` may change its address and its key when it starts anew."""
+        self._engine = engine
         self._client = httpx.AsyncClient(
-            base_url=base_url,
-            headers=headers,
             timeout=httpx.Timeout(None, connect=SECONDS_TO_CONNECT),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             # A proxy of the environment is not for a neighbour, and would see the key.
@@ -36,31 +44,72 @@ class Upstream:
     async def close(self) -> None:
         await self._client.aclose()
 
+    async def get(self, path: str) -> bytes:
+        """What the engine has at `path`. Raises EngineGone where it does not answer well."""
+        try:
+            request = self._request("GET", path)
+            request.extensions["timeout"] = httpx.Timeout(SECONDS_FOR_NUMBERS).as_dict()
+            answer = await self._client.send(request)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise EngineGone(f"The engine does not answer {path}.") from error
+        return answer.content
+
     async def post(self, request: Request, path: str, body: dict[str, Any]) -> Response:
         """Send `body` to the engine and relay what comes back, streamed when the engine streams it."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(_cancel_on_disconnect, request, group.cancel_scope)
-            answer = await self._send(path, body)
-            group.cancel_scope.cancel()
-            return answer
-        # Only reached when the client went away: nobody reads this. (499: "client closed request".)
-        return Response(status_code=499)
+        return await unless_gone(request, partial(self._send, path, body, note_of(request)))
 
-    async def _send(self, path: str, body: dict[str, Any]) -> Response:
+    async def ask(self, path: str, body: dict[str, Any], note: Note) -> dict[str, Any]:
+        """The engine's whole answer to `body`, which streams nothing. Raises ApiError with the engine's refusal."""
+        answer = await self._send(path, body, note)
+        content = json.loads(bytes(answer.body))
+        if answer.status_code == 200:
+            return dict(content)
+        error = content["error"]
+        again = int(answer.headers.get("retry-after", 0))
+        raise ApiError(answer.status_code, error["message"], param=error["param"], retry_after=again)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Request:
+        headers = {"Authorization": f"Bearer {self._engine.api_key}"} if self._engine.api_key else {}
+        return self._client.build_request(method, self._engine.base_url + path, json=body, headers=headers)
+
+    async def _send(self, path: str, body: dict[str, Any], note: Note) -> Response:
         streamed = bool(body.get("stream"))
+        wants_usage = not streamed or path != CHAT or bool((body.get("stream_options") or {}).get("include_usage"))
+        if not wants_usage:
+            # We count it, and take it out again.
+            body = body | {"stream_options": {"include_usage": True}}
         try:
-            answer = await self._client.send(self._client.build_request("POST", path, json=body), stream=streamed)
+            answer = await self._client.send(self._request("POST", path, body), stream=streamed)
             if answer.status_code != 200:
                 await answer.aread()
                 return _relayed_error(answer)
         except httpx.TransportError:
             return error_response(503, "The engine stopped while it worked on this request.", headers=TRY_AGAIN)
         if not streamed:
+            note.take_usage(json.loads(answer.content).get("usage") or {})
             return Response(answer.content, media_type="application/json")
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         # The task runs after a disconnect too, wherever in the relay that falls.
         closing = BackgroundTask(answer.aclose)
-        return StreamingResponse(_relay(answer), headers=headers, media_type="text/event-stream", background=closing)
+        relay = _relay(answer, note, wants_usage)
+        return StreamingResponse(relay, headers=headers, media_type="text/event-stream", background=closing)
+
+
+async def unless_gone(request: Request, work: Callable[[], Awaitable[Response]]) -> Response:
+    """What `work` answers; it ends early when the client goes away. Raises the ApiError that `work` raises."""
+    # Nobody reads this when the client has gone. (499: "client closed request".)
+    outcome: Response | ApiError = Response(status_code=499)
+    async with anyio.create_task_group() as group:
+        group.start_soon(_cancel_on_disconnect, request, group.cancel_scope)
+        try:
+            outcome = await work()
+        except ApiError as error:
+            outcome = error
+        group.cancel_scope.cancel()
+    if isinstance(outcome, ApiError):
+        raise outcome
+    return outcome
 
 
 async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> None:
@@ -69,14 +118,52 @@ async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> N
     scope.cancel()
 
 
-async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """The engine's events as they come. An engine that dies on the way is told as one, as clients read."""
+async def _relay(answer: httpx.Response, note: Note, wants_usage: bool) -> AsyncIterator[bytes]:
+    """The engine's events as they come, counted. An engine that dies on the way is told as one, as clients read.
+
+    An answer that is cut off never says what it took; then its pieces are counted, which are a token each or more.
+    """
+    pieces, told = 0, False
     try:
-        async for chunk in answer.aiter_bytes():
-            yield chunk
+        async for events in _whole_events(answer):
+            pieces += events.count(b"\n\n")
+            if b'"usage"' in events:
+                events, usage = _without_usage(events, wants_usage)
+                told = told or bool(usage)
+                note.take_usage(usage)
+            if events:
+                yield events
     except httpx.TransportError:
         failure = error_object(503, "The engine stopped in the middle of the answer.")
         yield b"data: " + json.dumps(failure).encode() + b"\n\n"
+    finally:
+        if not told:
+            note.take_usage({"completion_tokens": pieces})
+
+
+async def _whole_events(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """What came, cut at the ends of events (an empty line)."""
+    rest = b""
+    async for chunk in answer.aiter_bytes():
+        whole, end, rest = (rest + chunk).rpartition(b"\n\n")
+        if end:
+            yield whole + end
+    if rest:
+        yield rest
+
+
+def _without_usage(events: bytes, wanted: bool) -> tuple[bytes, dict[str, Any]]:
+    """The events, less the one that only tells the usage where nobody asked for it; and that usage."""
+    kept: list[bytes] = []
+    usage: dict[str, Any] = {}
+    for event in events.split(b"\n\n")[:-1]:
+        data = event.partition(b"data: ")[2]
+        content = json.loads(data) if b'"usage"' in data else {}
+        found = content.get("usage") or (content.get("response") or {}).get("usage")
+        usage = found or usage
+        if wanted or not found or content.get("choices"):
+            kept.append(event + b"\n\n")
+    return b"".join(kept), usage
 
 
 def _relayed_error(answer: httpx.Response) -> Response:

@@ -1,0 +1,118 @@
+"""Make pictures safe for the engine, each once however often it is sent, and fetch them from allowed hosts only."""
+
+import hashlib
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from ssl import SSLContext
+
+import anyio
+
+from assistant.images import PictureError, PictureLimits, decode_data_url, encode_data_url, open_picture
+from assistant.remote_pictures import RemotePictures, Resolve, addresses_of, is_public
+
+SECONDS_TO_FETCH = 8.0
+FETCHES_AT_ONCE = 8
+
+
+class RemoteHosts:
+    """The hosts whose pictures are fetched, over https, each hop's host and address checked, nothing kept."""
+
+    def __init__(
+        self,
+        hosts: Collection[str],
+        limits: PictureLimits,
+        resolve: Resolve = addresses_of,
+        allowed_address: Callable[[str], bool] = is_public,
+        verify: SSLContext | bool = True,
+    ) -> None:
+        """`resolve`, `allowed_address` and `verify` are those of `RemotePictures`, for networks of one's own."""
+        self.hosts = frozenset(host.lower() for host in hosts)
+        self._limits, self._resolve, self._allowed, self._verify = limits, resolve, allowed_address, verify
+        # Slow hosts hold threads of their own, not those that open pictures.
+        self._slots = anyio.CapacityLimiter(FETCHES_AT_ONCE)
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes at `url`. Raises PictureError where it may not or cannot be fetched."""
+        return await anyio.to_thread.run_sync(self._fetch, url, limiter=self._slots, abandon_on_cancel=True)
+
+    def _fetch(self, url: str) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="kangaroo-picture-") as folder:
+            remote = RemotePictures(
+                Path(folder), self._limits, SECONDS_TO_FETCH, self._resolve_allowed, self._allowed, self._verify
+            )
+            return remote.fetch(url).read_bytes()
+
+    def _resolve_allowed(self, host: str, port: int) -> Sequence[str]:
+        """Asked at every hop, so that a redirect leads to an allowed host or nowhere."""
+        if host.lower() not in self.hosts:
+            raise PictureError(f"the picture: nothing is fetched from {host}; send it as a data URL.")
+        return self._resolve(host, port)
+
+
+class SafePictures:
+    """Makes pictures safe for the engine, and remembers what came out for the latest ones.
+
+    A conversation sends its pictures again with every turn. The same bytes give the same PNG, so the engine too knows
+    it and looks only once. Safe to call from several threads.
+    """
+
+    def __init__(self, limits: PictureLimits, remote: RemoteHosts | None = None, cache_bytes: int = 64 * 2**20) -> None:
+        self.limits = limits
+        self._remote = remote
+        self._cache_bytes = cache_bytes
+        self._kept: OrderedDict[bytes, str] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    async def fetched(self, urls: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of those of `urls` that are no data URLs, all fetched at once, where any host is allowed.
+
+        Raises PictureError for the first that may not or cannot be fetched.
+        """
+        remote = self._remote
+        found: dict[str, bytes] = {}
+        if remote is None:
+            return found
+        failed: list[PictureError] = []
+
+        async def fetch(url: str) -> None:
+            try:
+                found[url] = await remote.fetch(url)
+            except PictureError as error:
+                failed.append(error)
+                group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            for url in {url for url in urls if url[:5].lower() != "data:"}:
+                group.start_soon(fetch, url)
+        if failed:
+            raise failed[0]
+        return found
+
+    def safe_url(self, source: str | bytes) -> str:
+        """A data URL of the picture in `source`, a data URL or a file's bytes, opened and saved anew.
+
+        Raises:
+            PictureError: it cannot be used.
+        """
+        content = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
+        name = hashlib.blake2b(content, person=b"text" if isinstance(source, str) else b"file").digest()
+        with self._lock:
+            if (url := self._kept.get(name)) is not None:
+                self._kept.move_to_end(name)
+                return url
+        picture = decode_data_url(source, self.limits) if isinstance(source, str) else source
+        url = encode_data_url(open_picture(picture, self.limits))
+        self._keep(name, url)
+        return url
+
+    def _keep(self, name: bytes, url: str) -> None:
+        with self._lock:
+            if name not in self._kept and len(url) <= self._cache_bytes:
+                self._kept[name] = url
+                self._kept_bytes += len(url)
+            while self._kept_bytes > self._cache_bytes:
+                self._kept_bytes -= len(self._kept.popitem(last=False)[1])

@@ -1,0 +1,80 @@
+"""A small program that answers as vLLM does, for tests of what stands before it; it waits as long as it is told."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from serving.engine import EngineState, Phase, free_port
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+
+
+class SmallEngine:
+    """Where it is and how it does; `go_on` lets waiting answers come, `seen` is what it was asked."""
+
+    api_key: str | None = "the engine's key"
+    restarts = 0
+
+    def __init__(self, port: int | None = None, state: EngineState | None = None) -> None:
+        self.base_url = f"http://127.0.0.1:{port or free_port()}"
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.seen: list[dict[str, Any]] = []
+        self._state = state or EngineState(Phase.READY, "ready")
+
+    def state(self) -> EngineState:
+        return self._state
+
+
+@contextmanager
+def small_engine() -> Iterator[SmallEngine]:
+    """One that listens, and answers every chat with `Yes.`, streamed where that is asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    engine = SmallEngine(server.server_address[1])
+    server.RequestHandlerClass = _handler(engine)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield engine
+    finally:
+        engine.go_on.set()
+        server.shutdown()
+        server.server_close()
+
+
+def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(b"vllm:num_requests_running 0.0\n", "text/plain")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            engine.seen.append(body)
+            engine.go_on.wait(60)
+            message = {"role": "assistant", "content": "Yes."}
+            if not body.get("stream"):
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                self._answer(json.dumps({"choices": [choice], "usage": USAGE}).encode(), "application/json")
+                return
+            events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": message, "finish_reason": "stop"}]}]
+            if (body.get("stream_options") or {}).get("include_usage"):
+                events.append({"choices": [], "usage": USAGE})
+            lines = [f"data: {json.dumps(event, separators=(',', ':'))}\n\n" for event in events]
+            self._answer("".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+
+        def _answer(self, content: bytes, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    return Handler
