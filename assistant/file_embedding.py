@@ -11,7 +11,7 @@ from torch import Tensor
 from assistant.batching import in_batches
 from assistant.embeddings import Embedder
 from assistant.hashing import file_hash
-from assistant.images import PictureError, open_picture
+from assistant.images import DEFAULT_LIMITS, PictureError, PictureLimits, open_picture
 from assistant.pixels import pixels_of, processed
 from assistant.towers import Tower
 
@@ -34,10 +34,10 @@ def embed_files(
     return in_batches(files, lambda file: opened_for(embedder.tower, file), embedded, batch)
 
 
-def opened_for(tower: Tower, file: Path) -> Tensor | PictureError:
-    """float32 (1, 3, H, W) as `tower` wants it, or what is wrong with the file."""
+def opened_for(tower: Tower, file: Path | bytes, limits: PictureLimits = DEFAULT_LIMITS) -> Tensor | PictureError:
+    """float32 (1, 3, H, W) as `tower` wants it, or what is wrong with the file (or its bytes)."""
     try:
-        picture = open_picture(file, enough=SPARE * tower.image_side)
+        picture = open_picture(file, limits, enough=SPARE * tower.image_side)
     except PictureError as error:
         return error
     return processed(tower.image_processor, [pixels_of(picture)])

@@ -1,23 +1,53 @@
-"""What a chat request may say: OpenAI's fields, the bounds of this server, and nothing else."""
+"""What a chat request may say: OpenAI's fields and vLLM's own, within the bounds of this server, and nothing else."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from serving.protocols.common import MOST_MESSAGES, Message, Part, Text, check_length
+from serving.protocols.structured import ResponseFormat, StructuredOutputs
+
+# Clients send these along; they change nothing here and stay here.
+KEPT_HERE = frozenset(
+    {
+        "messages",
+        "user",
+        "safety_identifier",
+        "prompt_cache_key",
+        "metadata",
+        "store",
+        "service_tier",
+        "modalities",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+    }
+)
+
+
+def no_tools(tools: list[Any]) -> list[Any]:
+    """Raises ValueError for any tool: their calls need a model and a template that were made for them."""
+    if tools:
+        raise ValueError("the model here calls no tools; leave tools out")
+    return tools
 
 
 class StreamOptions(Part):
     include_usage: bool = False
+    continuous_usage_stats: bool | None = None
 
 
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+NoTools = Annotated[list[Any], AfterValidator(no_tools), Field(json_schema_extra={"maxItems": 0})]
 
 
 class ChatRequest(Part):
     """The body of `POST /v1/chat/completions`. Sampling fields that are not given are left to the model's own."""
 
-    model: str
+    model: Text
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -30,18 +60,33 @@ class ChatRequest(Part):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=300)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # Not OpenAI's but vLLM's, and of use to programs that measure a model.
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    response_format: ResponseFormat | None = None
+    # Not OpenAI's but vLLM's.
+    structured_outputs: StructuredOutputs | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1_000)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    # Clients send these along; they change nothing here.
-    user: str | None = None
+    # See KEPT_HERE.
+    user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: NoTools | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def check(self) -> "ChatRequest":
@@ -50,9 +95,13 @@ class ChatRequest(Part):
             raise ValueError("stream_options needs stream to be true")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
+        most = self.max_completion_tokens or self.max_tokens
+        if most is not None and (self.min_tokens or 0) > most:
+            raise ValueError("min_tokens is larger than max_tokens")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("give response_format or structured_outputs, not both")
         return self
 
     def sampling(self) -> dict[str, Any]:
         """The fields that pass to the engine as they are."""
-        kept_here = {"messages", "user", "metadata", "store"}
-        return self.model_dump(exclude=kept_here, exclude_none=True)
+        return self.model_dump(exclude=set(KEPT_HERE), exclude_none=True, by_alias=True)

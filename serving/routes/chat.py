@@ -14,12 +14,15 @@ from serving.chat_service import (
     check_tokens,
     safe_messages,
 )
+from serving.notes import note_of
+from serving.openapi import ERRORS, EVENTS
 from serving.protocols.chat import ChatRequest
+from serving.protocols.chat_answers import ChatAnswer
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=ERRORS | {200: {"model": ChatAnswer, "content": EVENTS}})
 async def chat_completions(
     body: ChatRequest, request: Request, service: Annotated[ChatService, Depends(chat_service)]
 ) -> Response:
@@ -27,7 +30,7 @@ async def chat_completions(
     check_model(body.model, service)
     check_tokens(body.max_tokens, "max_tokens", service)
     check_tokens(body.max_completion_tokens, "max_completion_tokens", service)
-    check_pictures(body.messages, "messages", service)
+    check_pictures(body.messages, "messages", service, note_of(request))
     await check_engine(service.engine)
     upstream_body = body.sampling() | {"messages": await safe_messages(body.messages, service)}
     return await service.upstream.post(request, "/v1/chat/completions", upstream_body)
