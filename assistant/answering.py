@@ -7,11 +7,13 @@ from threading import Thread
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
 from assistant.chat import user_message
 from assistant.checkpoint import load_llava
 from assistant.models import find_model
+from assistant.projectors import Llava
+from assistant.tiles import Processor
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Request:
 class Assistant:
     """A loaded model that answers requests, greedily."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    def __init__(self, model: Llava, processor: Processor) -> None:
         self.model = model.eval()
         self.processor = processor
         processor.tokenizer.padding_side = "left"  # so that every row of a batch ends where its answer begins

@@ -54,10 +54,11 @@ class ConversationError(ValueError):
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """T token ids of one conversation and, for each, whether the loss looks at it."""
+    """T token ids of one conversation and, for each, whether the loss looks at it; and the tokens of each picture."""
 
     ids: list[int]
     supervised: list[bool]
+    pictures: tuple[int, ...] = ()
 
 
 def user_message(text: str, pictures: int = 0) -> dict[str, Any]:
@@ -71,16 +72,19 @@ def assistant_message(text: str) -> dict[str, Any]:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tokens_per_picture: int
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tokens_per_picture: int | Sequence[int]
 ) -> EncodedConversation:
     """Render `messages` with the tokenizer's own template, tokenise, and widen each picture place.
+
+    `tokens_per_picture` is one number, or one for each picture in their order where they hang on its size.
 
     The supervised mask comes from the template, never from searching for words in the text: from its `generation`
     blocks, or, where it has none, from what it writes behind its own generation prompt. An answer with
     `"supervised": False` is read and not learned. What people typed is only text: a typed special token is taken apart
     as the served model sees it, see `PlainText`. Where in its message a picture stands is for the template to say.
 
-    Raises ConversationError when no token is supervised, the template lost or invented a picture, or refuses.
+    Raises ConversationError when no token is supervised, the template lost or invented a picture, or refuses, and
+    ValueError where there are not as many numbers as pictures.
     """
     typed = [_plain_message(tokenizer, message) for message in messages]
     try:
@@ -94,15 +98,19 @@ def encode_conversation(
     found = encoding["input_ids"].count(image_id)
     if found != pictures:
         raise ConversationError(f"{pictures} pictures are given and the chat template wrote {found}: {text[:200]}")
+    counts = [tokens_per_picture] * pictures if isinstance(tokens_per_picture, int) else list(tokens_per_picture)
+    if len(counts) != pictures:
+        raise ValueError(f"tokens of {len(counts)} pictures are said, and the conversation has {pictures}")
+    places = iter(counts)
     ids: list[int] = []
     supervised: list[bool] = []
     for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        repeat = tokens_per_picture if token == image_id else 1
+        repeat = next(places) if token == image_id else 1
         ids += [token] * repeat
         supervised += [any(first <= start and end <= last for first, last in spans)] * repeat
     if not any(supervised):
         raise ConversationError(f"nothing is supervised in this conversation (no assistant turn?): {text[:200]}")
-    return EncodedConversation(ids, supervised)
+    return EncodedConversation(ids, supervised, tuple(counts))
 
 
 def render_with_spans(

@@ -1,4 +1,4 @@
-"""Read and write checkpoints in the key layouts that are published for LLaVA and for Aya Vision."""
+"""Read and write checkpoints in the key layouts that are published for LLaVA, LLaVA-NeXT and Aya Vision."""
 
 import json
 import re
@@ -16,6 +16,9 @@ from transformers import (
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
     SiglipVisionModel,
@@ -23,16 +26,18 @@ from transformers import (
 
 from assistant.models import ModelError, missing_weights, read_json, require_complete
 from assistant.projectors import Llava
+from assistant.tiles import Processor
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 LAYOUTS: dict[str, type[Llava]] = {
     LlavaConfig.model_type: LlavaForConditionalGeneration,
+    LlavaNextConfig.model_type: LlavaNextForConditionalGeneration,
     AyaVisionConfig.model_type: AyaVisionForConditionalGeneration,
 }
 ONE_FILE = "1TB"  # whatever reads and converts our checkpoints finds all weights in one place
 
 
-def save_llava(model: Llava, processor: LlavaProcessor, folder: Path) -> None:
+def save_llava(model: Llava, processor: Processor, folder: Path) -> None:
     """Write `model` and `processor` in the layout that is published for them, readable by transformers and by vLLM."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size=ONE_FILE)
@@ -52,22 +57,32 @@ def published_key(key: str) -> str:
     )
 
 
-def load_llava(
-    folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any) -> tuple[Llava, Processor]:
     """Model and processor of `folder`; `arguments` are transformers' own, such as a quantisation.
 
-    The model is an AyaVisionForConditionalGeneration where the projector is a pixel-shuffle; both have the same parts.
+    The model is a LlavaNextForConditionalGeneration where it reads tiles, and an AyaVisionForConditionalGeneration
+    where the projector is a pixel-shuffle; all have the same parts.
     Raises ModelError when it is of another layout, or a weight is missing, unexpected or of another shape.
     """
-    kind = read_json(require_complete(folder) / "config.json").get("model_type")
-    if kind not in LAYOUTS:
-        raise ModelError(f"{folder} holds a {kind}, and these can be taught and asked here: {', '.join(LAYOUTS)}")
-    model = load_model(LAYOUTS[kind], folder, dtype, others_allowed=False, **arguments)
-    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    model = load_model(LAYOUTS[layout_of(folder)], folder, dtype, others_allowed=False, **arguments)
+    processor = load_processor(folder)
     if processor.tokenizer.chat_template is None:  # older models keep it with the processor alone
         processor.tokenizer.chat_template = processor.chat_template
     return model, processor
+
+
+def load_processor(folder: Path) -> Processor:
+    """The processor of `folder`. Raises ModelError when the model is of another layout."""
+    tiled = layout_of(folder) == LlavaNextConfig.model_type
+    return (LlavaNextProcessor if tiled else LlavaProcessor).from_pretrained(folder, local_files_only=True)
+
+
+def layout_of(folder: Path) -> str:
+    """Which of `LAYOUTS` the complete `folder` is in. Raises ModelError when it is another."""
+    kind = read_json(require_complete(folder) / "config.json").get("model_type")
+    if kind not in LAYOUTS:
+        raise ModelError(f"{folder} holds a {kind}, and these can be taught and asked here: {', '.join(LAYOUTS)}")
+    return str(kind)
 
 
 def load_model(
@@ -103,7 +118,7 @@ def load_model(
     return model
 
 
-def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16", "float16"]) -> None:
     """Store the weights of `folder` as `dtype` (bfloat16 halves them), and say so in its config."""
     file = folder / "model.safetensors"
     weights = {key: value.to(getattr(torch, dtype)) for key, value in load_file(file).items()}

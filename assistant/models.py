@@ -47,10 +47,15 @@ def find_tower(name: str | Path) -> Path:
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder `name`, or where the model of the hub with that name lies on this machine, downloaded if need be."""
+    """The folder `name`, or where the model of the hub with that name lies on this machine, downloaded if need be.
+
+    Where no folder is called so, `joey` is the one that ships; names of the hub have an owner before them.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if str(name) == JOEY.name:
+        return JOEY
     if folder.exists():
         raise ModelError(f"{name} is a file; a model is a folder with config.json, weights and processor")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):

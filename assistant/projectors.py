@@ -9,13 +9,15 @@ from transformers import (
     AyaVisionForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from assistant.models import ModelError
 
 Projector = Literal["linear", "mlp", "pixel-shuffle"]
 PROJECTORS: tuple[Projector, ...] = get_args(Projector)
-Llava: TypeAlias = LlavaForConditionalGeneration | AyaVisionForConditionalGeneration
+Llava: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration | AyaVisionForConditionalGeneration
 SHUFFLE = 2  # pixel-shuffle makes one token of so many patches in each direction
 
 
@@ -77,9 +79,29 @@ def picture_features(model: Llava, pixels: Tensor) -> Tensor:
     return torch.cat(layers, dim=-1)
 
 
-def picture_tokens(model: Llava, features: Tensor) -> Tensor:
-    """(B, n, W) of `picture_features` (B, N, D): what stands in the places of the picture token."""
-    return model.model.multi_modal_projector(features).flatten(1, -2)
+def picture_tokens(model: Llava, features: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """(B, n, W) of `picture_features` (B, N, D): what stands in the places of the picture token.
+
+    A model that reads tiles needs the `sizes` (pictures, 2) of the pictures whose views the B are, see `tiles.cut`; it
+    gives (S, W), picture behind picture, with the model's newline behind each row of patches.
+    """
+    if isinstance(model, LlavaNextForConditionalGeneration) != (sizes is not None):
+        raise ValueError(f"sizes of pictures are for a model that reads tiles, and this is a {type(model).__name__}")
+    seen = model.model.multi_modal_projector(features)
+    if sizes is None:
+        return seen.flatten(1, -2)
+    config = model.config
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        for size in sizes.tolist()
+    ]
+    packed, _ = model.model.pack_image_features(
+        torch.split(seen, counts),
+        sizes,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        image_newline=model.model.image_newline,
+    )
+    return torch.cat(packed)
 
 
 def calibrate_projector(model: Llava, pixels: Tensor) -> None:

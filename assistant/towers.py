@@ -18,6 +18,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     LlavaConfig,
+    LlavaNextConfig,
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from assistant.checkpoint import load_llava, load_model
+from assistant.fusion import squeezing
 from assistant.models import ModelError, find_tower, read_json
 from assistant.tower_families import ResNet, TowerOutput, TransformerFamily, family_of, layer_numbers
 from assistant.tower_shapes import (
@@ -216,7 +218,10 @@ def load_tower(source: str | Path) -> Tower:
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: the image processor cannot be read: {str(error).splitlines()[0]}") from error
-    return Tower(_LOADERS[kind](folder), image_processor)
+    model = _LOADERS[kind](folder)
+    if kind == LlavaNextConfig.model_type:  # alone, a tower sees one square of a picture and no tiles
+        image_processor = squeezing(model, output_side(image_processor), image_processor)
+    return Tower(model, image_processor)
 
 
 def _load_bare(model_class: type[PreTrainedModel], **arguments: Any) -> Callable[[Path], PreTrainedModel]:
@@ -254,4 +259,5 @@ _LOADERS: dict[str, Callable[[Path], PreTrainedModel]] = {
     CLIPConfig.model_type: _load_half(CLIPModel),
     SiglipConfig.model_type: _load_half(SiglipModel),
     LlavaConfig.model_type: _load_from_llava,
+    LlavaNextConfig.model_type: _load_from_llava,
 }

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from assistant.projectors import Projector
+from assistant.tiles import Grid
 from training.adapters import LoraSettings
 from training.objectives.instruct import Part
 from training.recipe_parts import ConversationSource, PictureSource, Schedule, TextSource
@@ -192,6 +193,9 @@ class InstructStage(Strict):
     language_model: str | None = Field(None, description="stage, folder or hub name of the language model to join")
     projector: Projector = Field("mlp", description="what stands between the two that are joined")
     start_from: str | None = Field(None, description="stage, folder or hub name of a LLaVA that goes on")
+    tiles: tuple[Grid, ...] = Field(
+        (), description="rows and columns of the grids that large pictures are cut by (LLaVA-NeXT); a model's own stay"
+    )
     trains: tuple[Part, ...] = Field(min_length=1, description="tower, projector, language")
     lora: LoraSettings | None = Field(None, description="train an adapter in place of the language model's own weights")
     four_bits: bool = Field(False, description="QLoRA: hold the language model in NF4 while its adapter trains")
@@ -231,6 +235,8 @@ class InstructStage(Strict):
             raise ValueError("name either start_from, or both tower and language_model")
         if self.lora is not None and (self.start_from is None or "language" not in self.trains):
             raise ValueError("lora stands on the language model of a LLaVA: say start_from, and train `language`")
+        if self.lora is not None and self.tiles:
+            raise ValueError("tiles make a new base, and lora stands on a finished one: cut into tiles a stage earlier")
         if self.four_bits and self.lora is None:
             raise ValueError("four_bits: weights of 4 bits cannot train themselves; say what trains instead in lora")
         if self.packing and self.attention is not None:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlavaProcessor
 
 from assistant.checkpoint import load_llava
-from assistant.fusion import join, squeeze_pictures
+from assistant.fusion import join, squeeze_pictures, with_tiles
 from assistant.language_models import load_language_model
 from assistant.models import ModelError, find_model
 from assistant.projectors import Llava
+from assistant.tiles import Processor, grids_of, is_tiled
 from assistant.towers import load_tower
 from training.adapters import Adapter, add_lora
 from training.arguments import has_fast_bf16
@@ -71,20 +71,22 @@ def _is_mixed(stage: InstructStage) -> bool:
     return has_fast_bf16() if stage.schedule.bf16 is None else stage.schedule.bf16
 
 
-def _joined(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[Llava, LlavaProcessor]:
+def _joined(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[Llava, Processor]:
     tower = load_tower(named(str(stage.tower)))
     language_model, tokenizer = load_language_model(named(str(stage.language_model)))
-    return join(tower.model, language_model, tokenizer, tower.image_processor, stage.projector)
+    return join(tower.model, language_model, tokenizer, tower.image_processor, stage.projector, stage.tiles)
 
 
-def _loaded(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[Llava, LlavaProcessor]:
+def _loaded(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[Llava, Processor]:
     folder = find_model(named(str(stage.start_from)))
     if stage.four_bits:
         model, processor = load_quantised(folder, torch.bfloat16 if _is_mixed(stage) else torch.float32)
     else:
         model, processor = load_llava(folder)
     squeeze_pictures(model, processor)
-    return model, processor
+    if not stage.tiles or (is_tiled(processor) and tuple(grids_of(processor)) == stage.tiles):
+        return model, processor
+    return with_tiles(model, processor, stage.tiles)
 
 
 def _adapter(stage: InstructStage, model: Llava, named: Callable[[str], str | Path]) -> Adapter | None:

@@ -32,18 +32,18 @@ def lesson_sets(
     `texts` are the rows of each of the stage's texts. Raises DataError when a source cannot be read, or too many of
     the rows that are tried cannot be taught.
     """
-    seed, side = stage.schedule.seed, judge.side
+    seed = stage.schedule.seed
     talks = [open_lessons(source, data_folder, judge) for source in stage.conversations]
     others = [open_lessons(source, data_folder, judge) for source in stage.held_out_conversations]
     weights = [s.weight for s in stage.held_out] + [s.weight for s in stage.held_out_conversations]
     if not weights:
         talks, others = map(list, zip(*(talk.kept_aside(one_aside_in(len(talk))) for talk in talks), strict=True))
         weights = [source.weight or 1.0 for source in stage.conversations]
-    pictured = [_lessons(source, stage, side, data_folder, 0, True) for source in stage.mixture]
+    pictured = [_lessons(source, stage, judge, data_folder, 0, True) for source in stage.mixture]
     written = [TextLessons(rows, LONGEST_PROMPT_CHARACTERS) for rows in texts]
-    replayed = [_lessons(source, stage, side, data_folder, 0, True) for source in stage.replay]
+    replayed = [_lessons(source, stage, judge, data_folder, 0, True) for source in stage.replay]
     trained: list[Source[Lesson]] = [*pictured, *written, *talks, *replayed]
-    validating = [_lessons(source, stage, side, data_folder, HELD_OUT_SEED, False) for source in stage.held_out]
+    validating = [_lessons(source, stage, judge, data_folder, HELD_OUT_SEED, False) for source in stage.held_out]
     return (
         Mixture(trained, mixture_weights(stage), samples, seed),
         Mixture([*validating, *others], weights, stage.held_out_samples, seed),
@@ -88,8 +88,14 @@ def open_conversations(source: ConversationSource, data_folder: DataFolder) -> C
 
 
 def _lessons(
-    source: PictureSource, stage: InstructStage, side: int, data_folder: DataFolder, first_scene: int, augment: bool
+    source: PictureSource,
+    stage: InstructStage,
+    judge: LessonJudge,
+    data_folder: DataFolder,
+    first_scene: int,
+    augment: bool,
 ) -> Source[Lesson]:
     if source.scenes is not None:
-        return SceneLessons(source.scenes, side, first_scene, source.kinds)
-    return ShardLessons(data_folder(), str(source.shard), source.use, side, stage.turns, augment)
+        drawn = source.side or judge.side
+        return SceneLessons(source.scenes, judge.view_side, first_scene, source.kinds, drawn)
+    return ShardLessons(data_folder(), str(source.shard), source.use, judge.view_side, stage.turns, augment)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaProcessor
 
 from assistant.chat import IMAGE_TOKEN, EncodedConversation, assistant_message, encode_conversation, user_message
-from assistant.tower_shapes import output_side
+from assistant.tiles import Processor, token_counts
 from training.segment_attention import Segment
 
 LENGTH_MULTIPLE = 32  # tokens; each new length of a batch costs a CPU a fifth of a second of kernel preparation
@@ -20,6 +19,7 @@ LENGTH_MULTIPLE = 32  # tokens; each new length of a batch costs a CPU a fifth o
 class Lesson:
     """Pictures, uint8 (3, side, side) each, and what is asked about them, answer by answer.
 
+    For a model that cuts pictures into tiles they are uint8 (3, H, W), of any size, and are cut when they are collated.
     The turns are independent of each other (each sees the pictures only) unless `is_dialogue`. Pictures stand before
     the first question; where they stand elsewhere, or there is a system message, `messages` says it all and there are
     no turns: one conversation in the form of `assistant.chat`, whose k-th picture place is the k-th view.
@@ -56,13 +56,13 @@ class PackedLesson:
     branch: Tensor  # (T,) int64; 0 is the shared beginning
 
 
-def pack(lesson: Lesson, processor: LlavaProcessor, longest: int, length_power: float = 0.0) -> PackedLesson:
+def pack(lesson: Lesson, processor: Processor, longest: int, length_power: float = 0.0) -> PackedLesson:
     """Encode the turns of `lesson` and lay them side by side after their shared beginning.
 
     Turns that would pass `longest` are left out, from the end; picture tokens are never cut.
     """
-    tokenizer, per_picture = processor.tokenizer, tokens_per_picture(processor)
-    encoded = [encode_conversation(tokenizer, messages, per_picture) for messages in lesson.conversations()]
+    counts = token_counts(processor, lesson.views)
+    encoded = [encode_conversation(processor.tokenizer, messages, counts) for messages in lesson.conversations()]
     shared = _shared_length(encoded, processor) if len(encoded) > 1 else 0
     ids, supervised, weights = encoded[0].ids[:shared], [False] * shared, [0.0] * shared
     positions, branch = list(range(shared)), [0] * shared
@@ -86,7 +86,7 @@ def pack(lesson: Lesson, processor: LlavaProcessor, longest: int, length_power: 
     )
 
 
-def _shared_length(encoded: Sequence[EncodedConversation], processor: LlavaProcessor) -> int:
+def _shared_length(encoded: Sequence[EncodedConversation], processor: Processor) -> int:
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     same = takewhile(lambda column: len(set(column)) == 1, zip(*(e.ids for e in encoded), strict=False))
     common = [column[0] for column in same]
@@ -135,11 +135,6 @@ def answers_of(packed: Sequence[PackedLesson]) -> dict[str, Tensor]:
         targets.append(lesson.ids[lesson.supervised][order])
         weights.append(lesson.weights[lesson.supervised][order])
     return {"targets": torch.cat(targets), "weights": torch.cat(weights)}
-
-
-def tokens_per_picture(processor: LlavaProcessor) -> int:
-    """N, the tokens one picture takes: the patches of the square that the processor resizes to."""
-    return int((output_side(processor.image_processor) // processor.patch_size) ** 2)
 
 
 def attention_of(branch: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from training.data.catalogue import Use
-from training.data.scene_facts import SceneKind
+from training.data.scenes import LARGEST_SIDE, SMALLEST_SIDE, SceneKind
 from training.strict import Strict
 
 
@@ -45,6 +45,9 @@ class PictureSource(Strict):
     shard: str | None = Field(None, description="name of the shards, such as flickr8k-train")
     scenes: int | None = Field(None, ge=1, description="how many different generated scenes")
     kinds: tuple[SceneKind, ...] = Field((), description="scenes of these kinds only, all as often")
+    side: int | None = Field(
+        None, ge=SMALLEST_SIDE, le=LARGEST_SIDE, description="pixels that scenes are drawn in; a view's where unset"
+    )
     folder: str | None = Field(None, description="folder of pictures; names of sub-folders are labels")
     captions: str | None = Field(
         None, description="file of captions, .jsonl or .csv; its pictures count from its folder"
@@ -77,6 +80,8 @@ class PictureSource(Strict):
             raise ValueError(f"only tars can be streamed, not a {named[0]}")
         if self.use == "questions" and named[0] not in ("shard", "scenes"):
             raise ValueError(f"a {named[0]} has no questions")
+        if self.side is not None and self.scenes is None:
+            raise ValueError(f"side is said of scenes only, not of a {named[0]}")
         if self.kinds and self.scenes is None:
             raise ValueError(f"kinds are said of scenes only, not of a {named[0]}")
         if self.use == "statements" and self.scenes is None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import (
     AutoTokenizer,
@@ -21,6 +20,7 @@ from transformers import (
 from assistant.embeddings import load_embedder
 from assistant.fusion import calibrate_projector
 from assistant.models import JOEY, find_tower, read_json
+from assistant.tiles import cut
 from assistant.towers import (
     load_tower,
     normalised,
@@ -197,8 +197,9 @@ def prepared_lessons(
     judge, texts = LessonJudge(processor, stage.longest), text_sources(stage.texts, workshop)
     train_set, held_out = lesson_sets(stage, judge, workshop.data_folder, texts, samples_of(stage.schedule))
     if stage.start_from is None:
-        views = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
-        calibrate_projector(objective.model, normalised(torch.stack(views), processor.image_processor))
+        pictures = [view for place in range(CALIBRATION_LESSONS) for view in train_set[place % len(train_set)].views]
+        views, _ = cut(processor, pictures)
+        calibrate_projector(objective.model, normalised(views, processor.image_processor))
     step = samples_of(stage.schedule) // stage.schedule.steps
     if packs(stage) or step == stage.schedule.batch_size:  # no padding, or one micro-batch, whatever the order
         return objective, train_set, held_out

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
-from transformers import LlavaProcessor
 
 from assistant.answering import Assistant, Request
 from assistant.chat import encode_conversation
+from assistant.tiles import Processor, cut, token_counts
 from assistant.towers import normalised
 from training.config import InstructStage
 from training.data.conversation_lessons import ConversationLessons
@@ -20,7 +20,7 @@ from training.data.lesson_judge import LessonJudge
 from training.data.scenes import EVALUATION_SEED, Question, make_scene
 from training.evaluation.scorecard import ANSWER_TOKENS, answer_all
 from training.lesson_sets import lesson_sets
-from training.objectives.instruct import InstructObjective, Lesson, tokens_per_picture
+from training.objectives.instruct import InstructObjective, Lesson
 from training.stages import Workshop
 
 MOST_HELD_OUT = 64
@@ -39,7 +39,7 @@ class HeldOutQuestion:
 
     lesson: Lesson
     prompt: list[int]
-    views: tuple[Tensor, ...]  # uint8 (3, side, side), those of the prompt
+    views: tuple[Tensor, ...]  # uint8 (3, H, W), those of the prompt, as the lesson has them
     question: str
     answer: str
     answer_tokens: int
@@ -72,15 +72,13 @@ class Answers:
     absent: list[str]
 
 
-def examination_of(stage: InstructStage, workshop: Workshop, processor: LlavaProcessor) -> Examination:
+def examination_of(stage: InstructStage, workshop: Workshop, processor: Processor) -> Examination:
     """What is asked of the models before and after `stage`. Raises DataError where its data cannot be read."""
     known, absent = scene_questions()
     return Examination(held_out_questions(stage, workshop, processor), known, absent)
 
 
-def held_out_questions(
-    stage: InstructStage, workshop: Workshop, processor: LlavaProcessor
-) -> tuple[HeldOutQuestion, ...]:
+def held_out_questions(stage: InstructStage, workshop: Workshop, processor: Processor) -> tuple[HeldOutQuestion, ...]:
     """One of each conversation that `stage` kept aside, at most `MOST_HELD_OUT`, in the order of the file."""
     _, aside = lesson_sets(stage, LessonJudge(processor, stage.longest), workshop.data_folder, [], 1)
     sources = [source for source in aside.sources if isinstance(source, ConversationLessons)]
@@ -92,12 +90,13 @@ def held_out_questions(
     return tuple(_first_question(lesson, processor) for lesson in list(lessons.values())[:MOST_HELD_OUT])
 
 
-def _first_question(lesson: Lesson, processor: LlavaProcessor) -> HeldOutQuestion:
+def _first_question(lesson: Lesson, processor: Processor) -> HeldOutQuestion:
     messages = lesson.messages
     place = next(n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("supervised", True))
-    encoded = encode_conversation(processor.tokenizer, messages[: place + 1], tokens_per_picture(processor))
-    start = encoded.supervised.index(True)
     pictures = sum(part["type"] == "image" for message in messages[:place] for part in message["content"])
+    counts = token_counts(processor, lesson.views[:pictures])
+    encoded = encode_conversation(processor.tokenizer, messages[: place + 1], counts)
+    start = encoded.supervised.index(True)
     return HeldOutQuestion(
         lesson,
         encoded.ids[:start],
@@ -161,7 +160,9 @@ def _continued(assistant: Assistant, asked: Sequence[HeldOutQuestion]) -> list[s
     named = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     views = [view for one in asked for view in one.views]
     if views:
-        named["pixel_values"] = normalised(torch.stack(views), assistant.processor.image_processor).to(model.dtype)
+        seen, sizes = cut(assistant.processor, views)
+        named["pixel_values"] = normalised(seen, assistant.processor.image_processor).to(model.dtype)
+        named |= {} if sizes is None else {"image_sizes": sizes}
     most = min(LONGEST_ANSWER, max(one.answer_tokens for one in asked) + ANSWER_MARGIN)
     with torch.inference_mode():
         ids = model.generate(

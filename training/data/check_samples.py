@@ -30,7 +30,7 @@ def shown_samples(check: Check, rows: ConversationRows, judge: LessonJudge, coun
     shown = []
     for row in spread(check.good, count):
         conversation = rows[row - 1]
-        encoded = judge.encode(conversation)
+        encoded = judge.encode(conversation, check.sizes.get(row, ()))
         pieces = judge.pieces(encoded)
         shown.append(
             Shown(rows.place(row - 1), len(encoded.ids), sum(encoded.supervised), pieces, list(conversation.pictures))

@@ -8,6 +8,7 @@ import math
 import numpy as np
 from torch import Tensor
 
+from assistant.tiles import size_of
 from training.data.conversations import Conversation, PictureReference, RowError
 from training.data.decoding import NAMED, PROBES, check_damage, decode
 from training.data.lesson_judge import LessonJudge
@@ -24,7 +25,7 @@ UNREADABLE = -1  # in place of what a row is about
 log = logging.getLogger(__name__)
 
 
-def decoded_picture(finder: PictureFinder, reference: PictureReference, side: int) -> Tensor:
+def decoded_picture(finder: PictureFinder, reference: PictureReference, side: int | None) -> Tensor:
     """Pixels for views of `side` pixels, uint8 (3, H, W), see `decode`. Raises RowError."""
     content = finder.content(reference)
     try:
@@ -106,9 +107,9 @@ class ConversationLessons:
             return None
         try:
             conversation = self.rows[place]
-            if self._known[place] != GOOD:
-                self.judge.encode(conversation)
             lesson = self._made(conversation, self.rows.place(place))
+            if self._known[place] != GOOD:
+                self.judge.encode(conversation, [size_of(view) for view in lesson.views])
         except RowError as error:
             self._refuse(place, error)
             return None
@@ -116,7 +117,7 @@ class ConversationLessons:
         return lesson
 
     def _made(self, conversation: Conversation, where: str) -> Lesson:
-        side = self.judge.side
+        side = self.judge.view_side
         views = tuple(square(decoded_picture(self.finder, each, side), side) for each in conversation.pictures)
         name = f"{where} of {self.rows.name}"
         return Lesson(name, views, (), is_dialogue=conversation.turns > 1, messages=conversation.chat_messages())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from assistant.images import DEFAULT_LIMITS
+from assistant.tiles import Size, size_of
 from training.data.conversations import Conversation, Fault, Kind, PictureReference, RowError
 from training.data.decoding import decode, too_many
 from training.data.lesson_judge import LessonJudge
@@ -54,6 +55,7 @@ class Check:
     moved: int = 0  # taught rows whose template takes a picture before words that stand before it
     findings: list[Finding] = field(default_factory=list)
     pictures_of: dict[str, tuple[int, str]] = field(default_factory=dict)  # content hash -> first row with it, place
+    sizes: dict[int, tuple[Size | None, ...]] = field(default_factory=dict)  # of the pictures of taught rows with some
 
     @property
     def refused(self) -> int:
@@ -77,10 +79,11 @@ def _refuses(kind: Kind, findings: list[Finding]) -> bool:
 
 @dataclass(frozen=True)
 class Looked:
-    """What became of one picture: the hash of its bytes, or what is wrong with it."""
+    """What became of one picture: the hash of its bytes and its size, or what is wrong with it."""
 
     content_hash: str | None = None
     fault: Fault | None = None
+    size: Size | None = None
 
 
 def check_data(
@@ -96,7 +99,7 @@ def check_data(
     """
     check = Check(rows.name, rows.form, rows.records.kind, len(rows), judge.longest)
     seen: dict[str, int] = {}
-    for row, conversation, looked in _rows_with_pictures(rows, finder, judge.side, check):
+    for row, conversation, looked in _rows_with_pictures(rows, finder, judge.view_side, check):
         _judge_row(check, rows, judge, row, conversation, looked, seen)
         advance(row)
     advance(len(rows))
@@ -105,7 +108,7 @@ def check_data(
 
 
 def _rows_with_pictures(
-    rows: ConversationRows, finder: PictureFinder, side: int, check: Check
+    rows: ConversationRows, finder: PictureFinder, side: int | None, check: Check
 ) -> Iterator[tuple[int, Conversation, list[Looked]]]:
     """Each readable row, from 1, with what became of its pictures; the others become findings."""
     waiting: deque[tuple[int, Conversation, list[Future[Looked]]]] = deque()
@@ -142,21 +145,21 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def look_at(finder: PictureFinder, reference: PictureReference, side: int) -> Looked:
-    """Decode a picture as training does, for views of `side` pixels."""
+def look_at(finder: PictureFinder, reference: PictureReference, side: int | None) -> Looked:
+    """Decode a picture as training does, for views of `side` pixels, or whole where it is cut into tiles."""
     try:
         content = finder.content(reference)
         if not isinstance(content, bytes):
             with content.open("rb") as file:
                 content = file.read(DEFAULT_LIMITS.max_bytes + 1)
-        decode(content, str(reference), side)
+        size = size_of(decode(content, str(reference), side))
     except RowError as error:
         return Looked(fault=error.fault)
     except (DataError, OSError) as error:
         return Looked(
             fault=Fault("damaged picture", reference.field, str(error).rstrip("."), "mend it, or take it out")
         )
-    return Looked(hashlib.sha256(content).hexdigest())
+    return Looked(hashlib.sha256(content).hexdigest(), size=size)
 
 
 def _judge_row(
@@ -179,7 +182,7 @@ def _judge_row(
         if each.fault is not None
     ]
     try:
-        encoded = judge.encode(conversation)
+        encoded = judge.encode(conversation, [each.size for each in looked])
         faults += judge.remarks(conversation)
     except RowError as error:
         faults.append(error.fault)
@@ -191,6 +194,8 @@ def _judge_row(
             faults.append(Fault("duplicate", "row", wrong, "take one out, unless it should count twice"))
         seen.setdefault(key, row)
         check.good.append(row)
+        if looked:
+            check.sizes[row] = tuple(each.size for each in looked)
         check.lengths.append(len(encoded.ids))
         check.supervised += sum(encoded.supervised)
         check.endless += not judge.learns_to_stop(encoded)

@@ -27,16 +27,19 @@ def kept_side(side: int) -> int:
     return math.ceil(SPARE * side)
 
 
-def decode(content: bytes | Path, name: str, side: int) -> Tensor:
+def decode(content: bytes | Path, name: str, side: int | None) -> Tensor:
     """Pixels for views of `side` pixels: uint8 (3, H, W) whose shorter side is at most `kept_side(side)`.
 
+    Where `side` is None the picture has the size in which it would be answered about, for a model that cuts tiles.
     Raises DataError naming the picture and what is wrong with it.
     """
-    shorter = kept_side(side)
+    shorter = None if side is None else kept_side(side)
     try:
         picture = open_picture(content, name=name, enough=shorter)
     except PictureError as error:
         raise DataError(str(error)) from error
+    if shorter is None:
+        return pixels_of(picture)
     width, height = picture.size
     if min(width, height) > shorter:
         scale = shorter / min(width, height)

@@ -29,7 +29,7 @@ class LongestFirst(Dataset[Sample]):
     """
 
     def __init__(self, mixture: Mixture[Sample], step: int, per_picture: int) -> None:
-        """`step` samples of all ranks and micro-batches together; `per_picture` tokens of a picture."""
+        """`step` samples of all ranks and micro-batches together; `per_picture` tokens of a picture at most."""
         self.mixture, self.step, self.per_picture = mixture, step, per_picture
         self._order = lru_cache(maxsize=2)(self._order_of)
 

@@ -1,10 +1,11 @@
 """Say what a conversation becomes for one model: its tokens, which of them are learned, and whether it fits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from transformers import AutoConfig, LlavaProcessor
+from transformers import AutoConfig
 
 from assistant.chat import (
     IMAGE_TOKEN,
@@ -15,10 +16,11 @@ from assistant.chat import (
     plain_text_of,
     render_with_spans,
 )
+from assistant.checkpoint import load_processor
 from assistant.models import find_model
+from assistant.tiles import Processor, Size, is_tiled, most_tokens_per_picture, tokens_per_picture
 from assistant.tower_shapes import output_side
 from training.data.conversations import Conversation, Fault, PictureReference, RowError
-from training.objectives.instruct import tokens_per_picture
 
 NO_LIMIT = 1_000_000  # tokens; tokenizers that state no limit state a huge number
 
@@ -35,23 +37,29 @@ class Piece:
 class LessonJudge:
     """Encodes conversations as training does, with a model's own template."""
 
-    def __init__(self, processor: LlavaProcessor, longest: int) -> None:
+    def __init__(self, processor: Processor, longest: int) -> None:
         """`longest` is how many tokens a conversation may have."""
-        self.tokenizer, self.longest = processor.tokenizer, longest
-        self.per_picture = tokens_per_picture(processor)
+        self.processor, self.tokenizer, self.longest = processor, processor.tokenizer, longest
+        self.per_picture = most_tokens_per_picture(processor)
         self.side = output_side(processor.image_processor)
+        self.view_side = None if is_tiled(processor) else self.side  # None: the picture as it is, to be cut into tiles
         self.ending = {self.tokenizer.eos_token_id, *self.tokenizer.all_special_ids}
 
-    def encode(self, conversation: Conversation) -> EncodedConversation:
-        """Its tokens. Raises RowError where it cannot be taught to this model."""
+    def encode(self, conversation: Conversation, sizes: Sequence[Size | None]) -> EncodedConversation:
+        """Its tokens, with pictures of those `sizes`; one of a size that nobody knows counts as a small square.
+
+        Raises RowError where it cannot be taught to this model.
+        """
+        square = self.side, self.side
+        counts = [tokens_per_picture(self.processor, size or square) for size in sizes]
         try:
-            encoded = encode_conversation(self.tokenizer, conversation.chat_messages(), self.per_picture)
+            encoded = encode_conversation(self.tokenizer, conversation.chat_messages(), counts)
         except ConversationError as error:
             way_out = "mend the row, or take another model's template"
             raise RowError("refused by the template", "messages", str(error), way_out) from error
         if len(encoded.ids) > self.longest:
-            pictures = len(conversation.pictures)
-            wrong = f"{len(encoded.ids):,} tokens ({pictures} x {self.per_picture} for pictures), over {self.longest:,}"
+            each = " + ".join(f"{counts.count(count)} x {count}" for count in sorted(set(counts))) or "none"
+            wrong = f"{len(encoded.ids):,} tokens ({each} for pictures), over {self.longest:,}"
             raise RowError("too long", "messages", wrong, "shorten it, or split it into several rows")
         return encoded
 
@@ -71,11 +79,13 @@ class LessonJudge:
         ids: list[int] = []
         before = ""
         last: tuple[bool, bool] | None = None
-        run = 0
+        counts = iter(encoded.pictures)
+        rest = 0  # tokens of the picture that is being passed
         for token, supervised in zip(encoded.ids, encoded.supervised, strict=True):
-            run = run + 1 if token == image else 0
-            if run > 1 and (run - 1) % self.per_picture:
+            if token == image and rest:
+                rest -= 1
                 continue
+            rest = next(counts) - 1 if token == image else 0
             ids.append(token)
             now = self.tokenizer.decode(ids)
             kind = (supervised, token == image)
@@ -114,7 +124,7 @@ def judge_for(model: str | None, longest: int | None = None) -> tuple[LessonJudg
     Raises ModelError when the model cannot be had.
     """
     folder: Path = find_model(model)
-    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_processor(folder)
     stated = int(processor.tokenizer.model_max_length)
     positions = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().max_position_embeddings
     return LessonJudge(processor, longest or min(stated if stated < NO_LIMIT else positions, positions)), folder.name

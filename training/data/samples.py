@@ -111,7 +111,8 @@ def kept_aside(pictures: PictureSet) -> tuple[Chosen, Chosen]:
 class ShardLessons:
     """Lessons on the pictures of one shard: its captions, its label, or its questions."""
 
-    def __init__(self, folder: Path, shard: str, use: str, side: int, turns: int, augment: bool = True) -> None:
+    def __init__(self, folder: Path, shard: str, use: str, side: int | None, turns: int, augment: bool = True) -> None:
+        """`side` pixels of a view; None leaves pictures in their own size, for a model that cuts tiles."""
         self.turns_of = {"captions": _caption_turns, "labels": _label_turns, "questions": _question_turns}[use]
         self.rows = [row for row in read_rows(folder, shard) if getattr(row, "label" if use == "labels" else use)]
         if not self.rows:
@@ -167,20 +168,32 @@ def sentence(text: str) -> str:
 class SceneLessons:
     """Lessons on generated scenes: all their questions, and a caption one time in two."""
 
-    def __init__(self, count: int, side: int, first_seed: int = 0, kinds: Sequence[SceneKind] = ()) -> None:
-        self.count, self.side, self.first_seed, self.kinds = count, side, first_seed, kinds
+    def __init__(
+        self,
+        count: int,
+        side: int | None,
+        first_seed: int = 0,
+        kinds: Sequence[SceneKind] = (),
+        drawn: int | None = None,
+    ) -> None:
+        """`side` pixels of a view, None as for shards; scenes are `drawn` so large, where None as large as a view."""
+        large = drawn or side
+        if large is None:
+            raise ValueError("scenes that stay in their own size need one: say how large they are drawn")
+        self.count, self.side, self.first_seed, self.kinds, self.drawn = count, side, first_seed, kinds, large
 
     def __len__(self) -> int:
         return self.count
 
     def sample(self, index: int, generator: np.random.Generator) -> Lesson:
         """The questions of scene `index`; one lesson in five is a dialogue, so that earlier turns are familiar."""
-        scene = make_scene(self.first_seed + index, self.side, kind_of(index, self.kinds))
+        scene = make_scene(self.first_seed + index, self.drawn, kind_of(index, self.kinds))
         turns = [(question.question, question.answer) for question in scene.questions]
         if generator.random() < 0.5:
             turns.append((_caption_question(generator), sentence(pick(scene.captions, generator))))
         shuffled = tuple(turns[i] for i in generator.permutation(len(turns)))
-        return Lesson(f"scene {scene.seed}", (pixels_of(scene.image),), shuffled, bool(generator.random() < 0.2))
+        view = square(pixels_of(scene.image), self.side)
+        return Lesson(f"scene {scene.seed}", (view,), shuffled, bool(generator.random() < 0.2))
 
     def extent(self, index: int) -> tuple[int, int]:
         """One picture, and what is asked of one on average: scenes are much alike."""

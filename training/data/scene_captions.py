@@ -9,7 +9,7 @@ from training.data.scene_wording import NUMBER_WORDS, PLACE_PHRASES, RELATIONS, 
 
 def describe(facts: Facts, random: Random) -> tuple[str, str]:
     """Two captions, in lower case and without a full stop."""
-    if facts.kind == "word":
+    if facts.kind in ("word", "small word"):
         subject, tint = f"the word {facts.text}", f"in {facts.text_colour} letters"
     elif facts.kind == "digits":
         subject, tint = f"the number {facts.text}", f"in {facts.text_colour}"

@@ -20,7 +20,7 @@ def draw(facts: Facts, side: int, random: Random) -> Image.Image:
     canvas = ImageDraw.Draw(image)
     if facts.text:
         shown = facts.text.upper() if facts.capitals else facts.text
-        _draw_text(canvas, shown, jitter(COLOURS[facts.text_colour], 8, random), large_side, random)
+        _draw_text(canvas, shown, jitter(COLOURS[facts.text_colour], 8, random), large_side, random, facts.text_height)
     elif facts.bars:
         _draw_chart(canvas, facts, large_side, random)
     for item in facts.items:
@@ -111,11 +111,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _draw_text(canvas: ImageDraw.ImageDraw, text: str, colour: Colour, side: int, random: Random) -> None:
-    """Writes `text` as large as fits into a random share of the width, somewhere inside the picture."""
+def _draw_text(
+    canvas: ImageDraw.ImageDraw, text: str, colour: Colour, side: int, random: Random, height: float
+) -> None:
+    """Writes `text`, as large as fits into a random share of the width where `height` is 0, somewhere inside."""
     width_share, x_share, y_share = random.uniform(0.72, 0.9), random.random(), random.random()
     left, top, right, bottom = _font(100).getbbox(text)
-    size = int(min(100 * width_share * side / (right - left), 0.5 * side))
+    size = int(height * side or min(100 * width_share * side / (right - left), 0.5 * side))
     font = _font(size)
     left, top, right, bottom = font.getbbox(text, stroke_width=size // 40)
     margin = 0.04 * side

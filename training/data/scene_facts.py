@@ -5,12 +5,21 @@ All lengths are shares of the picture's side, so that one set of facts can be dr
 
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal, get_args
+from typing import Literal
 
-SceneKind = Literal["shapes", "count", "position", "size", "word", "digits", "chart"]
-SCENE_KINDS: tuple[SceneKind, ...] = get_args(SceneKind)
+SceneKind = Literal["shapes", "count", "position", "size", "word", "digits", "chart", "small word"]
 # Reading is the slowest to learn at 160 pixels and helps least with photographs, so it gets the smaller shares.
-KIND_WEIGHTS = {"shapes": 20, "count": 22, "position": 20, "size": 12, "word": 9, "digits": 7, "chart": 10}
+# A small word is drawn where it is asked for and nowhere else: in 160 pixels nobody could read it.
+KIND_WEIGHTS: dict[SceneKind, int] = {
+    "shapes": 20,
+    "count": 22,
+    "position": 20,
+    "size": 12,
+    "word": 9,
+    "digits": 7,
+    "chart": 10,
+}
+SCENE_KINDS: tuple[SceneKind, ...] = tuple(KIND_WEIGHTS)  # those that a seed may have by itself
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
 COLOURS = {
@@ -61,6 +70,9 @@ WORDS = """
     garden window
 """.split()  # noqa: SIM905, a list literal of these takes 64 lines
 
+SMALL_WORDS = ("fish", "bird", "bear", "lion", "wolf", "goat")  # of one length: how long it is tells no word
+SMALL_TEXT = 0.04  # letters of 13 pixels in 320, and of 6 in 160
+
 Place = Literal["", "left", "right", "top", "bottom", "middle", "top left", "top right", "bottom left", "bottom right"]
 CENTRES: dict[Place, tuple[float, float]] = {
     "left": (0.2, 0.5),
@@ -97,8 +109,8 @@ class Item:
 class Facts:
     """Everything that a scene's picture, captions and questions are made from.
 
-    `text` is a word or a number, drawn in `text_colour`, in capitals if `capitals`. `bars` are (colour, height), from
-    left to right.
+    `text` is a word or a number, drawn in `text_colour`, in capitals if `capitals`, and as high as `text_height` says
+    or, where it is 0, as large as fits. `bars` are (colour, height), from left to right.
     """
 
     kind: SceneKind
@@ -107,6 +119,7 @@ class Facts:
     text: str = ""
     text_colour: str = ""
     capitals: bool = False
+    text_height: float = 0.0
     bars: tuple[tuple[str, int], ...] = ()
 
 
@@ -116,6 +129,9 @@ def decide(kind: SceneKind, random: Random) -> Facts:
     colours = [colour for colour in COLOURS if colour not in TOO_CLOSE[background]]
     if kind == "word":
         return Facts(kind, background, (), random.choice(WORDS), random.choice(colours), capitals=random.random() < 0.3)
+    if kind == "small word":
+        word, colour = random.choice(SMALL_WORDS), random.choice(colours)
+        return Facts(kind, background, (), word, colour, text_height=SMALL_TEXT)
     if kind == "digits":
         low, high = random.choice(((0, 9), (10, 99), (100, 999)))
         return Facts(kind, background, (), str(random.randint(low, high)), random.choice(colours))

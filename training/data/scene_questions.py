@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from random import Random
 
-from training.data.scene_facts import COLOURS, WORDS, Facts
+from training.data.scene_facts import COLOURS, SMALL_WORDS, WORDS, Facts
 from training.data.scene_object_questions import ask_count, ask_position, ask_shapes, ask_size
 from training.data.scene_wording import Question, one_of_two, with_article, yes_or_no
 
@@ -16,6 +16,7 @@ def ask(facts: Facts, random: Random) -> tuple[Question, ...]:
         "position": ask_position,
         "size": ask_size,
         "word": _ask_word,
+        "small word": _ask_word,
         "digits": _ask_digits,
         "chart": _ask_chart,
     }
@@ -32,7 +33,8 @@ def ask(facts: Facts, random: Random) -> tuple[Question, ...]:
 def _ask_word(facts: Facts, random: Random) -> list[Question]:
     word = facts.text
     wording = random.choice(("What word is this?", "What word is written here?", "What does it say?", "Read the word."))
-    wrong = random.choice([other for other in WORDS if other != word])
+    known = SMALL_WORDS if facts.text_height else WORDS
+    wrong = random.choice([other for other in known if other != word])
     return [
         Question("word", wording, word),
         yes_or_no(random, f"Does it say {word}?", f"Does it say {wrong}?"),

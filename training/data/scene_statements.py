@@ -9,7 +9,7 @@ def state(facts: Facts) -> tuple[tuple[str, ...], ...]:
 
     A statement that is not among them is false of the scene, so that any two scenes can be compared by them.
     """
-    if facts.kind == "word":
+    if facts.kind in ("word", "small word"):
         return ((f"the word {facts.text}",), (f"{facts.text_colour} letters",), ("a word",))
     if facts.kind == "digits":
         return ((f"the number {facts.text}",), (f"{facts.text_colour} digits",), ("a number",))

@@ -7,6 +7,7 @@ A scene is decided first (`scene_facts`), then drawn (`scene_drawing`), asked ab
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import get_args
 
 from PIL import Image
 
@@ -20,6 +21,7 @@ from training.data.scene_wording import Question
 
 __all__ = [
     "EVALUATION_SEED",
+    "LARGEST_SIDE",
     "SCENE_KINDS",
     "SMALLEST_SIDE",
     "Question",
@@ -68,8 +70,8 @@ def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Sce
         raise ValueError(f"seed is {seed}, and has to be 0 or more")
     if not SMALLEST_SIDE <= side <= LARGEST_SIDE:
         raise ValueError(f"side is {side} pixels, and has to be from {SMALLEST_SIDE} to {LARGEST_SIDE}")
-    if kind is not None and kind not in SCENE_KINDS:
-        raise ValueError(f"kind is {kind!r}, and has to be one of {', '.join(SCENE_KINDS)}")
+    if kind is not None and kind not in get_args(SceneKind):
+        raise ValueError(f"kind is {kind!r}, and has to be one of {', '.join(get_args(SceneKind))}")
     random = Random(seed)
     drawn_kind = random.choices(SCENE_KINDS, [KIND_WEIGHTS[name] for name in SCENE_KINDS])[0]
     facts = decide(kind or drawn_kind, random)

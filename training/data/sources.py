@@ -28,7 +28,7 @@ def open_pictures(
     what there is cannot be read.
     """
     if source.scenes is not None:
-        return ScenePictures(source.scenes, side, source.use, first_scene, source.kinds)
+        return ScenePictures(source.scenes, source.side or side, source.use, first_scene, source.kinds)
     name, encoded = open_encoded(source, data_folder)
     cache = None if source.cache is None else located(source.cache, data_folder)
     return DecodedSet(name, encoded, source.use, side, source.damaged, int(source.memory * 2**30), cache)

@@ -7,17 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import LlavaProcessor
 
 from assistant.chat import IMAGE_TOKEN
 from assistant.checkpoint import save_llava
 from assistant.fusion import unused_tower_parameters
 from assistant.projectors import Llava, picture_features, picture_tokens, unused_projector_parameters
+from assistant.tiles import Processor, cut, tokens_per_picture
 from assistant.tower_shapes import output_side
 from assistant.towers import normalised
 from training.adapters import Adapter, export_adapted
 from training.feature_cache import FeatureCache, content_key
-from training.lessons import Lesson, PackedLesson, answers_of, in_one_row, in_rows, pack, tokens_per_picture
+from training.lessons import Lesson, PackedLesson, answers_of, in_one_row, in_rows, pack
 from training.objective import Objective
 from training.segment_attention import attend_by_segments
 from training.sharding import is_sharded
@@ -28,7 +28,8 @@ __all__ = ["PREFIXES", "InstructObjective", "Lesson", "Part", "tokens_per_pictur
 Part = Literal["tower", "projector", "language"]
 PREFIXES: dict[Part, tuple[str, ...]] = {
     "tower": ("model.model.vision_tower.",),
-    "projector": ("model.model.multi_modal_projector.",),
+    # What stands behind each row of a tiled picture is no word: it is learned with what makes pictures readable.
+    "projector": ("model.model.multi_modal_projector.", "model.model.image_newline"),
     "language": ("model.model.language_model.", "model.lm_head."),
 }
 
@@ -43,7 +44,7 @@ class InstructObjective(Objective):
     def __init__(
         self,
         model: Llava,
-        processor: LlavaProcessor,
+        processor: Processor,
         trains: Sequence[Part],
         longest: int,
         length_power: float = 0.0,
@@ -93,13 +94,17 @@ class InstructObjective(Objective):
         """(B, T, D): words and picture tokens, each in its place."""
         embedded = self.model.get_input_embeddings()(batch["ids"])
         if "views" in batch:
-            seen = picture_tokens(self.model, self._features(batch)).to(embedded.dtype)
+            seen = self._seen(batch).to(embedded.dtype)
             return embedded.masked_scatter((batch["ids"] == self._image_id)[..., None], seen)
         if not _is_one_of_several_processes():
             return embedded
         # The others wait for this one wherever they exchange weights or gradients of the tower and the projector.
-        blank = {"views": torch.zeros(1, 3, *self._view_size, dtype=torch.uint8, device=embedded.device)}
-        return embedded + 0 * picture_tokens(self.model, self._features(blank)).sum()
+        blank = self._views([torch.zeros(3, *self._view_size, dtype=torch.uint8)])
+        return embedded + 0 * self._seen({name: value.to(embedded.device) for name, value in blank.items()}).sum()
+
+    def _seen(self, batch: Mapping[str, Any]) -> Tensor:
+        """What stands in the places of the picture token, picture behind picture."""
+        return picture_tokens(self.model, self._features(batch), batch.get("sizes"))
 
     def _features(self, batch: Mapping[str, Any]) -> Tensor:
         """What the projector reads of the views of `batch`; from the cache where there is one."""
@@ -141,16 +146,21 @@ class InstructObjective(Objective):
     def collate(self, samples: Sequence[Lesson]) -> Mapping[str, Any]:
         """One batch: ids, positions, predicts (B, T); targets, weights (S,); views (pictures, 3, H, W), keys of them.
 
+        Where pictures are cut into tiles, views are those of all pictures and sizes (pictures, 2) tell which are whose.
         Padded rows come with attends (B, 1, T, T); with packing B is 1 and the segments are named.
         """
         packed, pad = [self.pack(lesson) for lesson in samples], self.processor.tokenizer.pad_token_id
         batch = (in_one_row if self.packing else in_rows)(packed, pad) | answers_of(packed)
-        views = [view for lesson in samples for view in lesson.views]
-        if views:
-            batch["views"] = torch.stack(views)
+        pictures = [picture for lesson in samples for picture in lesson.views]
+        if pictures:
+            batch |= self._views(pictures)
             if self.features is not None:
-                batch["keys"] = torch.stack([content_key(view) for view in views])
+                batch["keys"] = torch.stack([content_key(view) for view in batch["views"]])
         return batch
+
+    def _views(self, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+        views, sizes = cut(self.processor, pictures)
+        return {"views": views} if sizes is None else {"views": views, "sizes": sizes}
 
     def pack(self, lesson: Lesson) -> PackedLesson:
         """The tokens of `lesson` for this model, see `lessons.pack`."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.dinov2.modeling_dinov2 import Dinov2LayerScale
 
+from assistant.tiles import most_views
 from assistant.tower_families import ResNet, family_of
+from assistant.tower_shapes import output_side
 from assistant.towers import Tower
 from training.objective import Objective
-from training.objectives.instruct import InstructObjective, tokens_per_picture
+from training.objectives.instruct import InstructObjective
 from training.objectives.language import LanguageObjective
 from training.objectives.mae import MaeObjective
 from training.objectives.moco import MocoObjective
@@ -109,9 +111,10 @@ def _crops(objective: SelfDistillation) -> Iterator[Passes]:
 def _seeing_and_reading(objective: InstructObjective, tokens: int) -> Iterator[Passes]:
     """One picture, and a lesson of `tokens` tokens. What stands before a part that trains is passed back through."""
     tower = objective.model.model.vision_tower
-    size = objective.processor.image_processor.size["height"]
-    patches = tokens_per_picture(objective.processor)
-    yield _transformer("tower", tower, patches, 3 * size**2, trains="tower" in objective.trains)
+    side = output_side(objective.processor.image_processor)
+    patches = (side // tower.config.patch_size) ** 2
+    views = most_views(objective.processor)
+    yield _transformer("tower", tower, patches, 3 * side**2, views, trains="tower" in objective.trains)
     yield _decoder(objective.model.model.language_model, tokens, True)
 
 

@@ -1,5 +1,6 @@
 """Commands between a tower and a taught assistant: join, align, tune, and a look at the data."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,32 +18,67 @@ commands.add_typer(data_app, rich_help_panel=PANEL)
 
 @commands.command(
     rich_help_panel=PANEL,
-    epilog="Example: kangaroo join openai/clip-vit-large-patch14-336 lmsys/vicuna-7b-v1.5 --out llava",
+    epilog="Examples: kangaroo join openai/clip-vit-large-patch14-336 lmsys/vicuna-7b-v1.5 --out llava   or   "
+    "kangaroo join llava --tiles 1x2,2x1,2x2 --out llava-tiles",
 )
 def join(
-    tower: Annotated[str, typer.Argument(help="A CLIP, SigLIP or DINOv2: a folder or a hub name.", show_default=False)],
-    language_model: Annotated[
-        str, typer.Argument(metavar="LLM", help="A Llama, Vicuna, Mistral or Qwen.", show_default=False)
+    tower: Annotated[
+        str,
+        typer.Argument(
+            help="A CLIP, SigLIP or DINOv2: a folder or a hub name. With --tiles and no LLM, a whole LLaVA.",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The folder of the joined model.")],
+    language_model: Annotated[
+        str | None, typer.Argument(metavar="[LLM]", help="A Llama, Vicuna, Mistral or Qwen.", show_default=False)
+    ] = None,
     projector: Annotated[
         Literal["linear", "mlp", "pixel-shuffle"],
         typer.Option(help="What stands between them; pixel-shuffle makes one token of 2 x 2 patches."),
     ] = "mlp",
+    tiles: Annotated[
+        str | None,
+        typer.Option(
+            help="Cut large pictures into tiles, as LLaVA-NeXT: the grids, rows x columns, such as 1x2,2x1,2x2.",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
-    """Join a vision tower and a language model with a new projector. It has to be aligned before it makes sense."""
+    """Join a vision tower and a language model with a new projector. It has to be aligned before it makes sense.
+
+    With --tiles the model sees a large picture whole and in tiles of the tower's own size, to read what is small in it.
+    """
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise fail(f"--out {out}: there is something already; name a new folder")
+    grids = grids_said(tiles)
+    if language_model is None and not grids:
+        raise fail("name the language model that joins the tower, or the --tiles that a whole LLaVA shall be given")
     from assistant.models import ModelError
-    from training.joining import join_models
+    from training.joining import join_models, tile_model
 
     with plain_errors(ModelError, ValueError):
-        joined = join_models(tower, language_model, out, projector)
+        if language_model is None:
+            most = tile_model(tower, grids, out)
+            print(f"A picture is up to {most:,} tokens now, by its size.")
+            print(f"The model is in {out}. Its language model never saw tiles: kangaroo tune {out} --full --data FILE")
+            return
+        joined = join_models(tower, language_model, out, projector, grids)
     print(
         f"{joined.tower} and {joined.language_model}, {joined.weights:,} weights, of these {joined.trained_weights:,} "
-        f"in the new {projector} projector; a picture is {joined.tokens_per_picture} tokens."
+        f"in the new {projector} projector; a picture is {'up to ' * bool(grids)}{joined.tokens_per_picture} tokens."
     )
     print(f"The model is in {out}. Its projector says nothing yet: kangaroo align {out} --data FILE")
+
+
+def grids_said(tiles: str | None) -> list[tuple[int, int]]:
+    """The grids of `--tiles`, rows and columns each; none where it is not said."""
+    if tiles is None:
+        return []
+    found = [re.fullmatch(r"\s*([1-9]\d?)\s*x\s*([1-9]\d?)\s*", grid) for grid in tiles.split(",")]
+    if not all(found):
+        raise fail(f"--tiles {tiles}: write grids as rows x columns with commas between them, such as 1x2,2x1,2x2")
+    return [(int(grid[1]), int(grid[2])) for grid in found if grid]
 
 
 DataOption = Annotated[
