@@ -86,6 +86,8 @@ def require_complete(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise ModelError(f"there is no model folder {folder}")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter alone; merge it: kangaroo merge {folder} --out FOLDER")
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         missing.append(PROCESSOR_FILES[0])

@@ -1,7 +1,7 @@
 """vLLM serves what `kangaroo join` and `kangaroo tune` make: each projector, an adapter on its base, both merged."""
 
 import json
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from assistant.adapter_files import ADAPTER, PREFIX, PROVENANCE, load_adapted, merge_adapter, save_adapter
+from assistant.adapter_files import ADAPTER, load_adapted, merge_adapter, save_adapter, why_only_merged
+from assistant.adapter_layouts import PREFIX
 from assistant.checkpoint import load_llava
 from assistant.models import ModelError
 from assistant.projectors import Projector
@@ -228,17 +229,18 @@ def test_vllm_drops_what_an_adapter_holds_for_tower_or_projector(
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
-def test_an_adapter_on_tower_or_projector_is_refused(part: str, taught: Taught, tmp_path: Path) -> None:
-    """It is neither written nor read nor merged, though peft itself would, and the message says where it stands."""
+def test_an_adapter_on_tower_or_projector_is_served_merged_and_never_alone(
+    part: str, taught: Taught, tmp_path: Path
+) -> None:
+    """We write none, and say of another's why vLLM must not have it; merged into its base it answers as it should."""
     reason = rf"may stand on the language model's layers alone, and this one holds .*model\.{part}\..*vLLM would drop"
-    adapted, _ = peft_adapter(part, taught.base, tmp_path / "peft")
+    adapted, processor = peft_adapter(part, taught.base, tmp_path / "peft")
     own = {name.removeprefix(PREFIX): value for name, value in adapted.named_parameters() if ".lora_" in name}
     with pytest.raises(ModelError, match=reason):
         save_adapter(adapted.peft_config["default"], own, taught.base, "base", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-    shutil.copy(taught.adapter / PROVENANCE, tmp_path / "peft")
-    with pytest.raises(ModelError, match=reason):
-        load_adapted(tmp_path / "peft", taught.base)
-    with pytest.raises(ModelError, match=reason):
-        merge_adapter(tmp_path / "peft", tmp_path / "merged", taught.base)
-    assert not (tmp_path / "merged").exists()
+    expected = reference_answers(adapted, processor)
+    loaded, _ = load_adapted(tmp_path / "peft", taught.base)
+    assert re.search(reason, why_only_merged(loaded) or "")
+    merge_adapter(tmp_path / "peft", tmp_path / "merged", taught.base)
+    assert_equal_token_by_token(f"{part}, merged", of_base(tmp_path / "merged"), expected)

@@ -94,7 +94,8 @@ def export_adapted(model: Llava, adapter: Adapter, baked: set[str], folder: Path
     if baked:
         base, name = folder / BASE, str((folder / BASE).absolute())
         _bake(model, adapter.base, baked, base)
-    save_adapter(adapter.config, adapter.weights(model), base, name, folder / ADAPTER)
+    held_in = "nf4" if getattr(model, "is_loaded_in_4bit", False) else None
+    save_adapter(adapter.config, adapter.weights(model), base, name, folder / ADAPTER, held_in)
     merge_adapter(folder / ADAPTER, folder, base)
 
 

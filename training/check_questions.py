@@ -1,0 +1,37 @@
+"""Questions about pictures on which a merged or exported model is compared: generated scenes, or rows of own data."""
+
+from pathlib import Path
+
+from assistant.answering import Request
+from assistant.images import PictureError, open_picture
+from training.data.conversations import RowError
+from training.data.picture_references import PictureFinder
+from training.data.pictures import DataError
+from training.data.recognise import ConversationRows, recognise
+from training.data.scenes import EVALUATION_SEED, make_scene
+
+
+def scene_requests(count: int) -> list[Request]:
+    """One question about each of the first `count` scenes that no training sees."""
+    scenes = [make_scene(EVALUATION_SEED + number) for number in range(count)]
+    return [Request(scene.questions[0].question, (scene.image,)) for scene in scenes]
+
+
+def row_requests(source: str, count: int, pictures: Path | None = None) -> list[Request]:
+    """The first question, with its pictures, of each of the first `count` rows of conversations.
+
+    Relative paths of pictures count from `source`, or from the folder `pictures`.
+    Raises DataError, naming the row, where one cannot be read.
+    """
+    rows = recognise(source)
+    finder = PictureFinder(rows.base, pictures)
+    return [_request(rows, place, finder) for place in range(min(count, len(rows)))]
+
+
+def _request(rows: ConversationRows, place: int, finder: PictureFinder) -> Request:
+    try:
+        asked = next(message for message in rows[place].messages if message.role == "user")
+        opened = tuple(open_picture(finder.content(reference)) for reference in asked.pictures)
+    except (RowError, PictureError) as error:
+        raise DataError(f"{rows.name}, {rows.place(place)}: {error}") from error
+    return Request(asked.text.strip(), opened)
