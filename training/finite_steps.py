@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from transformers import TrainerCallback
 
 from training.config import TrainingError
 from training.gather import any_rank, ranks
-from training.objective import Objective
 from training.run_log import RunLog
 
 MOST_SKIPPED = 10  # steps one after the other; after so many the weights themselves are at fault
@@ -24,7 +23,7 @@ class FiniteSteps(TrainerCallback):
     """
 
     def __init__(
-        self, objective: Objective, on_nan: Literal["stop", "skip"], log: RunLog, say: Callable[[str], None]
+        self, objective: nn.Module, on_nan: Literal["stop", "skip"], log: RunLog, say: Callable[[str], None]
     ) -> None:
         self.objective, self.on_nan, self.log, self.say = objective, on_nan, log, say
         self.skipping = False  # this step

@@ -1,6 +1,7 @@
 """Show how far a run is: one live line in a terminal, a line of text for each log line elsewhere."""
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,9 +15,9 @@ RATES = {"samples_per_second": "samples/s", "tokens_per_second": "tokens/s"}
 class ProgressLine(TrainerCallback):
     """Step, loss, speed and the time that is left, on the main process and on standard error."""
 
-    def __init__(self, name: str, console: Console | None = None) -> None:
-        """`name` is that of the stage."""
-        self.name = name
+    def __init__(self, name: str, console: Console | None = None, shown: Sequence[str] = ()) -> None:
+        """`name` is that of the stage; `shown` are names in the log whose numbers stand beside the loss."""
+        self.name, self.shown = name, shown
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._first_step, self._began = 0, 0.0
@@ -52,6 +53,7 @@ class ProgressLine(TrainerCallback):
         if "loss" not in logs:
             return
         said = f"loss {logs['loss']:.4g}"
+        said += "".join(f", {name} {logs[name]:.3g}" for name in self.shown if name in logs)
         said += "".join(f", {logs[rate]:,.0f} {unit}" for rate, unit in RATES.items() if rate in logs)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], said=said)

@@ -1,7 +1,6 @@
 """Run any objective on `transformers.Trainer`: the only training loop."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -12,13 +11,13 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerState
+from transformers import PrinterCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from training.arguments import compile_layers, training_arguments
 from training.cached_step import cached_step
 from training.callbacks import AroundStep, HearsStop, KeepsLog, WeightDecay
-from training.checkpoints import PARTIAL, keeps_the_one_before, newest_whole, plain_words_when_full, publish
+from training.careful_trainer import CarefulTrainer
 from training.config import Schedule
 from training.data.tar_streams import StreamedViews
 from training.diagnosis import Expected
@@ -28,7 +27,7 @@ from training.meter import Meter
 from training.monitors import FEWEST, TowerMonitor, in_words
 from training.objective import Objective, WholeBatchObjective, total_loss
 from training.progress import ProgressLine
-from training.random_state import kept_random_state, only_looking
+from training.random_state import only_looking
 from training.reporting import require_reporter
 from training.run_log import RunLog
 from training.sample_names import NAMES, CollatesNames
@@ -49,7 +48,7 @@ def freeze_all_but(objective: nn.Module, trained: set[str]) -> None:
         parameter.requires_grad_(name in trained)
 
 
-class ObjectiveTrainer(SharesStepWeight, Trainer):
+class ObjectiveTrainer(SharesStepWeight, CarefulTrainer):
     """The trainer of an objective: samples come in the dataset's own order, so that resuming is exact."""
 
     def __init__(
@@ -64,7 +63,7 @@ class ObjectiveTrainer(SharesStepWeight, Trainer):
     ) -> None:
         """Checkpoints, log and curves go into `folder`; `monitor` looks at the tower on the way."""
         freeze_all_but(objective, objective.trained_parameters())
-        self.layer_decay = layer_decay
+        self.layer_decay, self.schedule = layer_decay, schedule
         self.objective, self.monitor = objective, monitor
         streamed = isinstance(train, StreamedViews)
         log = RunLog(folder / "log.jsonl")
@@ -88,7 +87,6 @@ class ObjectiveTrainer(SharesStepWeight, Trainer):
         self.meter = Meter()
         self._names: list[str] = []  # of the samples of a micro-batch, or of all of a step
         self._looked: int | None = None  # the step of the last look
-        self._writing: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -165,13 +163,8 @@ class ObjectiveTrainer(SharesStepWeight, Trainer):
     @contextmanager
     def _not_training(self) -> Iterator[None]:
         """Time that does not count as training; random state is as it was."""
-        with self.meter.standing(), kept_random_state():
+        with self.meter.standing(), super()._not_training():
             yield
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        self.finite.gradient_norm = 0.0 if norm is None else float(norm)  # DeepSpeed clips and counts by itself
-        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the objective's own values and the speed to each training line."""
@@ -188,18 +181,6 @@ class ObjectiveTrainer(SharesStepWeight, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = [total_loss(model(**part)) for part in parts]
             return torch.stack(losses).mean(), None, None
-
-    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
-        """The held-out scores; random state stays, so that a run which skips an evaluation is the same run."""
-        with self._not_training():
-            return super().evaluate(*arguments, **named)
-
-    def held_out_scores(self) -> dict[str, float]:
-        """The held-out scores of this step: those of the log where it has them, else they are measured."""
-        for line in reversed(self.state.log_history):
-            if line["step"] == self.state.global_step and "eval_loss" in line:
-                return {name: value for name, value in line.items() if name != "step"}
-        return self.evaluate()
 
     def look(self) -> None:
         """Let the monitor look at the tower, on the main process alone, where a look is due at this step."""
@@ -230,33 +211,6 @@ class ObjectiveTrainer(SharesStepWeight, Trainer):
             self.look()
         super()._run_epoch(*arguments, **named)
 
-    def _inner_training_loop(self, *arguments: Any, **named: Any) -> Any:
-        try:
-            with self.stop:
-                return super()._inner_training_loop(*arguments, **named)
-        finally:
-            self.progress.close()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._writing or self.args.output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write it aside, and give it its name once it is whole; all ranks must call."""
-        checkpoints = Path(str(self.args.output_dir))
-        with self._not_training(), keeps_the_one_before(checkpoints, self.state.global_step):
-            if self.args.should_save:
-                shutil.rmtree(checkpoints / PARTIAL, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            self._writing = checkpoints / PARTIAL
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writing = None
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(checkpoints / PARTIAL, kept=self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,6 +231,13 @@ class ObjectiveTrainer(SharesStepWeight, Trainer):
             load_model(model, str(weights), strict=True)
         if self.monitor is not None:
             self.monitor.load(Path(resume_from_checkpoint))
+
+    def starts_at(self, checkpoint: Path) -> None:
+        """A stream passes over what the run has read, without reading it."""
+        if isinstance(self.train_dataset, StreamedViews):
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            schedule = self.schedule
+            self.train_dataset.go_on_after(state.global_step * schedule.batch_size * schedule.accumulation)
 
 
 def _collator(objective: Objective, schedule: Schedule) -> Callable[[Sequence[Any]], Mapping[str, Any]]:
@@ -312,17 +273,4 @@ def train(
         objective.gradient_checkpointing_enable({"use_reentrant": False})
     if schedule.compile:
         compile_layers(objective)
-    newest, faults = newest_whole(folder / "checkpoints")
-    trainer = ObjectiveTrainer(objective, schedule, folder, train_set, held_out, layer_decay, monitor)
-    if faults and trainer.is_world_process_zero():
-        trainer.progress.say(f"going on from {newest}; passed over {'; '.join(faults)}")
-    if newest and isinstance(train_set, StreamedViews):
-        state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
-        train_set.go_on_after(state.global_step * schedule.batch_size * schedule.accumulation)
-    with plain_words_when_full(folder):
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-        if trainer.stop.made:
-            if trainer.is_world_process_zero():
-                trainer.progress.say(f"saved the checkpoint of step {trainer.state.global_step}")
-            raise KeyboardInterrupt
-        return trainer.held_out_scores()
+    return ObjectiveTrainer(objective, schedule, folder, train_set, held_out, layer_decay, monitor).run(folder)
