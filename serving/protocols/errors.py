@@ -9,7 +9,7 @@ class ErrorObject(BaseModel):
     """What went wrong, in words that may be shown to people; `param` names the field at fault."""
 
     message: str
-    type: Literal["invalid_request_error", "server_error"]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None = None
     code: str | None = None
 

@@ -4,12 +4,13 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from serving.chat_service import SECONDS_TO_TRY_AGAIN, ChatService, chat_service, check_engine
 from serving.doors import Doors
 from serving.engine import Phase
 from serving.errors import ApiError
+from serving.openapi import ERRORS
 from serving.upstream import EngineGone
 
 router = APIRouter()
@@ -22,14 +23,14 @@ def doors_of(request: Request) -> Doors:
     return doors
 
 
-@router.get("/health")
+@router.get("/health", responses=ERRORS)
 async def health(service: Annotated[ChatService, Depends(chat_service)]) -> dict[str, Any]:
     """The gateway is alive when this answers; `engine` says whether it can chat, and why not."""
     state = await anyio.to_thread.run_sync(service.engine.state)
     return {"status": "alive", "engine": {"state": state.phase, "reason": state.reason}}
 
 
-@router.get("/ready")
+@router.get("/ready", responses=ERRORS)
 async def ready(
     service: Annotated[ChatService, Depends(chat_service)], doors: Annotated[Doors, Depends(doors_of)]
 ) -> dict[str, str]:
@@ -40,7 +41,7 @@ async def ready(
     return {"status": "ready"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses=ERRORS)
 async def metrics(
     service: Annotated[ChatService, Depends(chat_service)], doors: Annotated[Doors, Depends(doors_of)]
 ) -> Response:
