@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-SceneKind = Literal["shapes", "count", "position", "size", "word", "digits", "chart", "small word"]
+SceneKind = Literal["shapes", "count", "position", "size", "word", "digits", "chart", "small word", "small shape"]
 # Reading is the slowest to learn at 160 pixels and helps least with photographs, so it gets the smaller shares.
-# A small word is drawn where it is asked for and nowhere else: in 160 pixels nobody could read it.
+# Small words and shapes are drawn where they are asked for and nowhere else: 160 pixels hardly show them.
 KIND_WEIGHTS: dict[SceneKind, int] = {
     "shapes": 20,
     "count": 22,
@@ -72,6 +72,7 @@ WORDS = """
 
 SMALL_WORDS = ("fish", "bird", "bear", "lion", "wolf", "goat")  # of one length: how long it is tells no word
 SMALL_TEXT = 0.04  # letters of 13 pixels in 320, and of 6 in 160
+SMALL_SHAPE = (0.085, 0.1)  # of 27 to 32 pixels in 320, as the smallest of other scenes in 160
 
 Place = Literal["", "left", "right", "top", "bottom", "middle", "top left", "top right", "bottom left", "bottom right"]
 CENTRES: dict[Place, tuple[float, float]] = {
@@ -132,6 +133,9 @@ def decide(kind: SceneKind, random: Random) -> Facts:
     if kind == "small word":
         word, colour = random.choice(SMALL_WORDS), random.choice(colours)
         return Facts(kind, background, (), word, colour, text_height=SMALL_TEXT)
+    if kind == "small shape":
+        small = Item(random.choice(SHAPES), random.choice(colours), diameter=random.uniform(*SMALL_SHAPE))
+        return Facts(kind, background, tuple(_scatter([small], random)))
     if kind == "digits":
         low, high = random.choice(((0, 9), (10, 99), (100, 999)))
         return Facts(kind, background, (), str(random.randint(low, high)), random.choice(colours))

@@ -12,6 +12,7 @@ def ask(facts: Facts, random: Random) -> tuple[Question, ...]:
     """Four to eight questions. The first is what this kind of scene is for; no wording occurs twice."""
     askers: dict[str, Callable[[Facts, Random], list[Question]]] = {
         "shapes": ask_shapes,
+        "small shape": ask_shapes,
         "count": ask_count,
         "position": ask_position,
         "size": ask_size,
