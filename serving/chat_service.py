@@ -1,16 +1,18 @@
 """Check what only this server can know of a conversation, and make its texts and pictures safe for the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 from fastapi import Request
 
-from assistant.images import PictureError, PictureLimits, decode_data_url, encode_data_url, open_picture
+from assistant.images import PictureError, PictureLimits
 from assistant.plain_text import PlainText, SpecialTextError
 from serving.engine import Engine, Phase
 from serving.errors import ApiError
+from serving.notes import Note
+from serving.pictures import SafePictures
 from serving.protocols.common import Message, PicturePart, TextPart
 from serving.upstream import Upstream
 
@@ -27,6 +29,7 @@ class ChatService:
     plain_text: PlainText
     most_pictures: int
     picture_limits: PictureLimits
+    pictures: SafePictures
     context_length: int | None
     # Each open picture may take some 200 MB for a moment, so only few are opened at once.
     opening: anyio.CapacityLimiter
@@ -52,12 +55,13 @@ def check_tokens(asked: int | None, param: str, service: ChatService) -> None:
         raise ApiError(400, f"{param}: the model holds {service.context_length} tokens in all.", param=param)
 
 
-def check_pictures(messages: Sequence[Message], param: str, service: ChatService) -> None:
-    """Raises ApiError where the messages hold too many pictures."""
+def check_pictures(messages: Sequence[Message], param: str, service: ChatService, note: Note) -> None:
+    """Count the pictures in the messages. Raises ApiError where they are more than one request or key may hold."""
     pictures = sum(isinstance(part, PicturePart) for message in messages for part in message.parts())
     if pictures > service.most_pictures:
         message = f"The messages hold {pictures} pictures; the limit is {service.most_pictures}."
         raise ApiError(400, message, param=param)
+    note.take_pictures(pictures)
 
 
 async def check_engine(engine: Engine) -> None:
@@ -73,20 +77,32 @@ async def check_engine(engine: Engine) -> None:
 async def safe_messages(messages: Sequence[Message], service: ChatService) -> list[dict[str, Any]]:
     """The messages as the engine gets them: texts that are only text, pictures that were opened and saved anew."""
 
+    fetched = {
+        number: await fetched_pictures(_addresses(message), f"messages.{number}.content", service.pictures)
+        for number, message in enumerate(messages)
+    }
+
     def made_safe() -> list[dict[str, Any]]:
         return [
-            {"role": message.role, "content": _safe_content(message, f"messages.{number}.content", service)}
-            for number, message in enumerate(messages)
+            {"role": message.role, "content": _safe_content(message, f"messages.{at}.content", fetched[at], service)}
+            for at, message in enumerate(messages)
         ]
 
     return await anyio.to_thread.run_sync(made_safe, limiter=service.opening)
 
 
-def _safe_content(message: Message, param: str, service: ChatService) -> list[dict[str, Any]]:
+def _addresses(message: Message) -> list[str]:
+    return [part.image_url.url for part in message.parts() if isinstance(part, PicturePart)]
+
+
+def _safe_content(
+    message: Message, param: str, fetched: Mapping[str, bytes], service: ChatService
+) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = []
     for part in _joined_texts(message):
         if isinstance(part, PicturePart):
-            content.append(picture_part(safe_picture(part.image_url.url, param, service.picture_limits)))
+            url = part.image_url.url
+            content.append(picture_part(safe_picture(fetched.get(url, url), param, service.pictures)))
         else:
             content.append({"type": "text", "text": safe_text(part.text, param, service.plain_text)})
     return content
@@ -111,14 +127,24 @@ def safe_text(text: str, param: str, plain_text: PlainText) -> str:
         raise ApiError(400, f"{param}: {error}.", param=param) from error
 
 
-def safe_picture(source: str | bytes, param: str, limits: PictureLimits) -> str:
+async def fetched_pictures(addresses: Sequence[str], param: str, pictures: SafePictures) -> dict[str, bytes]:
+    """The bytes of those pictures that are not in the request but on a host that is allowed, by their address.
+
+    Raises ApiError for a picture that may not or cannot be fetched.
+    """
+    try:
+        return await pictures.fetched(addresses)
+    except PictureError as error:
+        raise ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image") from error
+
+
+def safe_picture(source: str | bytes, param: str, pictures: SafePictures) -> str:
     """A data URL of the picture in `source`, a data URL or a file's bytes, opened and saved anew.
 
     Raises ApiError for a picture that cannot be used, with the status that says why.
     """
     try:
-        content = source if isinstance(source, bytes) else decode_data_url(source, limits)
-        return encode_data_url(open_picture(content, limits))
+        return pictures.safe_url(source)
     except PictureError as error:
         raise ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image") from error
 

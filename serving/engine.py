@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +30,8 @@ STAGES = (
     ("Loading weights took", "warming up"),
     ("init engine", "opening the engine for requests"),
 )
+
+SECONDS_BETWEEN_LOOKS = 1.0
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -55,7 +58,7 @@ class EngineState:
 class Engine(Protocol):
     """Where requests go: an OpenAI-compatible server with its key, both anew after a restart.
 
-    `state` may wait for half a second at most.
+    `state` may wait for a second at most.
     """
 
     @property
@@ -69,20 +72,53 @@ class Engine(Protocol):
 
     def state(self) -> EngineState: ...
 
+    def log_tail(self) -> str: ...
+
 
 class RemoteEngine:
-    """An engine that somebody else started, on this machine or another."""
+    """An engine that somebody else started, on this machine or another.
+
+    With `model_name` it must serve a model of that name. How it does is asked once a second at most.
+    """
 
     restarts = 0  # those are somebody else's too
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None, model_name: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.api_key = api_key
+        self._model_name = model_name
+        self._known: tuple[float, str, EngineState] | None = None
 
     def state(self) -> EngineState:
-        if answers(self.base_url):
-            return EngineState(Phase.READY, "ready")
-        return EngineState(Phase.LOADING, f"waiting for the engine at {self.base_url}")
+        now = time.monotonic()
+        if self._known is None or now - self._known[0] >= SECONDS_BETWEEN_LOOKS or self._known[1] != self.base_url:
+            self._known = (now, self.base_url, self._look())
+        return self._known[2]
+
+    def log_tail(self) -> str:
+        return "(its log is where it runs)"
+
+    def __enter__(self) -> "RemoteEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It goes on: somebody else started it."""
+
+    def _look(self) -> EngineState:
+        if not answers(self.base_url):
+            return EngineState(Phase.LOADING, f"waiting for the engine at {self.base_url}")
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        try:
+            answer = httpx.get(f"{self.base_url}/v1/models", headers=headers, timeout=0.5, trust_env=False)
+            names = [str(model["id"]) for model in answer.json()["data"]] if answer.status_code == 200 else []
+        except (httpx.TransportError, ValueError, KeyError, TypeError):
+            return EngineState(Phase.LOADING, f"the engine at {self.base_url} does not list its models")
+        if answer.status_code in (401, 403):
+            return EngineState(Phase.LOADING, f"the engine at {self.base_url} refuses our key (--engine-key-env)")
+        if self._model_name is not None and self._model_name not in names:
+            serves = ", ".join(names) or "nothing"
+            return EngineState(Phase.LOADING, f"the engine at {self.base_url} serves {serves}, not {self._model_name}")
+        return EngineState(Phase.READY, "ready")
 
 
 class LocalEngine:
@@ -95,6 +131,7 @@ class LocalEngine:
         most_pictures: pictures in one request.
         most_pixels: pixels in one picture; vLLM's own limit of 179 million is no limit.
         log_path: where vLLM's output goes; a new temporary file by default.
+        more_arguments: further flags for vLLM (`serving.engine_arguments` says which are none).
 
     Raises:
         EngineError: vLLM is not installed.
@@ -112,16 +149,18 @@ class LocalEngine:
         most_pictures: int = 8,
         most_pixels: int = 20_000_000,
         log_path: Path | None = None,
+        more_arguments: Sequence[str] = (),
     ) -> None:
         check_vllm_is_installed()
         self.facts = read_model_folder(model_folder)
         self.model_name = model_name
+        self.log_is_temporary = log_path is None
         self.log_path = log_path or _new_log_file()
         # A key of this start alone: other users of the machine can reach the port, and must not use the engine.
         self.api_key: str | None = secrets.token_urlsafe(32)
         self._port = free_port()
         self.base_url = f"http://127.0.0.1:{self._port}"
-        self._command = vllm_command(self.facts, model_name, self._port, dtype, most_pictures)
+        self._command = [*vllm_command(self.facts, model_name, self._port, dtype, most_pictures), *more_arguments]
         self._environment = vllm_environment(self.api_key, most_pixels)
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._has_answered = False
@@ -273,6 +312,8 @@ def death_reason(code: int, log: str) -> str:
     if code > 128:
         return f"it was killed by signal {code - 128} (when memory runs out, that is signal 9)"
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)$", log, flags=re.MULTILINE)
+    # vLLM's own words on flags that it does not know, or whose value it cannot read.
+    errors += re.findall(r"error: ((?:unrecognized arguments|argument ).+)$", log, flags=re.MULTILINE)
     causes = [error for error in errors if "See root cause above" not in error]
     if causes:
         return str(causes[-1])[:300]

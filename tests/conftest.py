@@ -12,9 +12,12 @@ import uvicorn
 from fastapi import FastAPI
 from playwright.sync_api import Browser, sync_playwright
 
+from assistant.models import JOEY
 from serving.engine import Engine, LocalEngine
-from serving.gateway import create_gateway, listen
+from serving.gateway import create_gateway
+from serving.listening import listen
 from serving.model_folder import ModelFacts
+from serving.server import uvicorn_config
 from tests.chromium import CHROMIUM_FLAGS, chromium_path
 from tests.tiny import make_tiny_llava
 
@@ -55,7 +58,7 @@ def engine(tiny_model: Path) -> Iterator[LocalEngine]:
 def served(app: FastAPI) -> Iterator[str]:
     """Serves `app` in a thread of this process and gives its address."""
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        server = uvicorn.Server(uvicorn_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -79,4 +82,20 @@ def gateway_client(engine: Engine, facts: ModelFacts, model_name: str = MODEL_NA
 def gateway(engine: LocalEngine) -> Iterator[httpx.Client]:
     """A client of a real gateway over the real vLLM."""
     with gateway_client(engine, engine.facts) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def joey_engine() -> Iterator[LocalEngine]:
+    """A real vLLM on Joey, ready: for what a model must know something for."""
+    # In float32 answers hang on no neighbours in the batch, so that they can be compared.
+    with LocalEngine(JOEY, JOEY.name, dtype="float32") as engine:
+        engine.wait_until_ready(SECONDS_TO_START)
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def joey_gateway(joey_engine: LocalEngine) -> Iterator[httpx.Client]:
+    """A client of a real gateway over the real vLLM on Joey."""
+    with gateway_client(joey_engine, joey_engine.facts, JOEY.name) as client:
         yield client

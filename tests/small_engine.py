@@ -13,7 +13,7 @@ USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
 
 class SmallEngine:
-    """Where it is and how it does; `go_on` lets waiting answers come, `seen` is what it was asked."""
+    """Where and how it is; `go_on` lets waiting answers come, `seen` is what it was asked, `text` what it says."""
 
     api_key: str | None = "the engine's key"
     restarts = 0
@@ -23,15 +23,19 @@ class SmallEngine:
         self.go_on = threading.Event()
         self.go_on.set()
         self.seen: list[dict[str, Any]] = []
+        self.text = "Yes."
         self._state = state or EngineState(Phase.READY, "ready")
 
     def state(self) -> EngineState:
         return self._state
 
+    def log_tail(self) -> str:
+        return ""
+
 
 @contextmanager
 def small_engine() -> Iterator[SmallEngine]:
-    """One that listens, and answers every chat with `Yes.`, streamed where that is asked."""
+    """One that listens, and answers every chat, streamed where that is asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     engine = SmallEngine(server.server_address[1])
     server.RequestHandlerClass = _handler(engine)
@@ -50,13 +54,16 @@ def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._answer(b"vllm:num_requests_running 0.0\n", "text/plain")
+            if self.path == "/v1/models":
+                self._answer(b'{"data": [{"id": "joey"}]}', "application/json")
+            else:
+                self._answer(b"vllm:num_requests_running 0.0\n", "text/plain")
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             engine.seen.append(body)
             engine.go_on.wait(60)
-            message = {"role": "assistant", "content": "Yes."}
+            message = {"role": "assistant", "content": engine.text}
             if not body.get("stream"):
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 self._answer(json.dumps({"choices": [choice], "usage": USAGE}).encode(), "application/json")

@@ -16,7 +16,8 @@ import uvicorn
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from serving.engine import Engine, LocalEngine, RemoteEngine, free_port
-from serving.gateway import create_gateway, listen
+from serving.gateway import create_gateway
+from serving.listening import listen
 from serving.model_folder import ModelFacts
 from tests.conftest import MODEL_NAME
 from ui.browser.chat import EXAMPLES, attach_page, build_page

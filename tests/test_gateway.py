@@ -16,9 +16,11 @@ from tokenizers import Tokenizer
 
 from assistant.images import encode_data_url
 from assistant.plain_text import PlainText
-from serving.engine import EngineState, LocalEngine, Phase, RemoteEngine, free_port
-from serving.gateway import GatewayLimits, ListenError, create_gateway, listen
+from serving.engine import EngineState, LocalEngine, Phase, RemoteEngine
+from serving.gateway import GatewayLimits, create_gateway
+from serving.listening import ListenError, listen
 from tests.conftest import MODEL_NAME, gateway_client, served
+from tests.small_engine import SmallEngine
 
 PATH = "/v1/chat/completions"
 
@@ -266,11 +268,11 @@ def test_bodies_that_are_no_json_object(body: bytes, message: str, gateway: http
 
 
 def test_a_foreign_page_s_simple_request_is_refused(gateway: httpx.Client) -> None:
-    """A page of another origin can send text/plain without asking first; nothing may come of it."""
+    """A page of another origin can send text/plain without asking the server first; nothing may come of it."""
     body = json.dumps(request())
     headers = {"Content-Type": "text/plain", "Origin": "https://elsewhere.example"}
     answer = gateway.post(PATH, content=body, headers=headers)
-    assert_refused(answer, 400, "application/json")
+    assert_refused(answer, 403, "origins")
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
@@ -360,20 +362,8 @@ def test_a_client_that_goes_away_ends_the_engine_s_work(
     assert gateway.post(PATH, json=request()).status_code == 200
 
 
-class LoadingEngine:
-    """A real address without an engine, in a given state: the states that last too short to be met in a test."""
-
-    def __init__(self, state: EngineState) -> None:
-        self.base_url = f"http://127.0.0.1:{free_port()}"
-        self.api_key: str | None = None
-        self._state = state
-
-    def state(self) -> EngineState:
-        return self._state
-
-
 def test_while_the_engine_loads_requests_are_told_to_come_back(engine: LocalEngine) -> None:
-    loading = LoadingEngine(EngineState(Phase.LOADING, "loading weights"))
+    loading = SmallEngine(state=EngineState(Phase.LOADING, "loading weights"))
     with gateway_client(loading, engine.facts) as client:
         answer = client.post(PATH, json=request())
         assert_refused(answer, 503, "not ready yet: loading weights")
@@ -383,7 +373,7 @@ def test_while_the_engine_loads_requests_are_told_to_come_back(engine: LocalEngi
 
 
 def test_an_engine_that_vanished_between_two_looks(engine: LocalEngine) -> None:
-    gone = LoadingEngine(EngineState(Phase.READY, "ready"))
+    gone = SmallEngine(state=EngineState(Phase.READY, "ready"))
     with gateway_client(gone, engine.facts) as client:
         for stream in (True, False):
             assert_refused(client.post(PATH, json=request(stream=stream)), 503, "The engine stopped")
@@ -394,7 +384,9 @@ def test_an_engine_elsewhere(engine: LocalEngine) -> None:
         assert client.get("/health").json()["engine"]["state"] == "ready"
         assert client.post(PATH, json=request()).status_code == 200
     with gateway_client(RemoteEngine(engine.base_url, "wrong key"), engine.facts) as client:
-        assert client.post(PATH, json=request()).status_code != 200
+        assert_refused(client.post(PATH, json=request()), 503, "refuses our key")
+    with gateway_client(RemoteEngine(engine.base_url, engine.api_key, "joey"), engine.facts) as client:
+        assert_refused(client.get("/ready"), 503, "serves tiny, not joey")
 
 
 def test_a_port_in_use_is_said_to_be() -> None:

@@ -100,9 +100,12 @@ class Answerer:
         except (ValueError, KeyError, TypeError):
             return Status("unreachable", f"unexpected answer from {self._health_url} (HTTP {response.status_code})")
 
-    async def stream(self, turns: Sequence[Turn], sampling: Sampling) -> AsyncIterator[str]:
+    async def stream(
+        self, turns: Sequence[Turn], sampling: Sampling, authorization: str | None = None
+    ) -> AsyncIterator[str]:
         """Yields the pieces of the answer to the last turn.
 
+        With `authorization`, the visitor's own header, the gateway counts the request as that visitor's.
         Closing this iterator closes the HTTP response, which makes the gateway abort the request in the engine.
         Raises `openai.APIError` and `httpx2.HTTPError`, and `OSError` when a picture's file is gone.
         """
@@ -114,6 +117,7 @@ class Answerer:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
+            extra_headers={"Authorization": authorization} if authorization else None,
         )
         async with stream:
             async for chunk in stream:
@@ -215,7 +219,13 @@ class ChatPage:
         self.settings = [temperature, top_p, max_tokens]
 
     async def ask(
-        self, message: dict[str, Any], turns: list[Turn], temperature: float, top_p: float, max_tokens: int
+        self,
+        message: dict[str, Any],
+        turns: list[Turn],
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        visit: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Answers what is in the box. A message that cannot be sent stays there, with the reason said beside it."""
         question, files = message.get("text") or "", message.get("files") or []
@@ -225,38 +235,45 @@ class ChatPage:
             yield _keep(4)
             return
         turn = Turn(question.strip() or CAPTION_QUESTION, tuple(Path(path) for path in files))
-        async for update in self._answer([*turns, turn], Sampling(temperature, top_p, int(max_tokens)), clear_box=True):
+        sampling = Sampling(temperature, top_p, int(max_tokens))
+        async for update in self._answer([*turns, turn], sampling, visit, clear_box=True):
             yield update
 
     async def ask_example(
-        self, chosen: gr.SelectData, turns: list[Turn], temperature: float, top_p: float, max_tokens: int
+        self,
+        chosen: gr.SelectData,
+        turns: list[Turn],
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        visit: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Asks the chosen example. Only its number is taken from the browser, never a path."""
         file, question = EXAMPLES[int(chosen.index)]
         turn = Turn(question, (EXAMPLES_FOLDER / file,))
-        async for update in self._answer([*turns, turn], Sampling(temperature, top_p, int(max_tokens))):
+        async for update in self._answer([*turns, turn], Sampling(temperature, top_p, int(max_tokens)), visit):
             yield update
 
     async def retry(
-        self, turns: list[Turn], temperature: float, top_p: float, max_tokens: int
+        self, turns: list[Turn], temperature: float, top_p: float, max_tokens: int, visit: gr.Request
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Asks the last question again, with the settings as they are now."""
         if not turns:
             yield _keep(4)
             return
         again = [*turns[:-1], replace(turns[-1], answer="", problem="", stopped=False)]
-        async for update in self._answer(again, Sampling(temperature, top_p, int(max_tokens))):
+        async for update in self._answer(again, Sampling(temperature, top_p, int(max_tokens)), visit):
             yield update
 
     async def _answer(
-        self, turns: list[Turn], sampling: Sampling, clear_box: bool = False
+        self, turns: list[Turn], sampling: Sampling, visit: gr.Request, clear_box: bool = False
     ) -> AsyncIterator[tuple[Any, ...]]:
         earlier, turn = turns[:-1], turns[-1]
         busy: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
         box = gr.update(value=None, **busy) if clear_box else gr.update(**busy)
         yield turns, to_gradio(turns), box, gr.skip()
         drawn = 0.0
-        pieces = self._answerer.stream(turns, sampling)
+        pieces = self._answerer.stream(turns, sampling, visit.headers.get("authorization"))
         try:
             async for piece in pieces:
                 turn = replace(turn, answer=turn.answer + piece)

@@ -15,6 +15,10 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="A model folder or a hub name (organisation/name).", show_default="Joey")
 ]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option("--keys", metavar="FILE", help="The file of keys.", show_default="~/.local/share/kangaroo/keys.json"),
+]
 GOES_ON = "stopped. The same command goes on from the newest checkpoint."
 PicturesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.", show_default=False)]
 
