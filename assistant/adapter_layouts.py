@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -60,7 +61,7 @@ def read_adapter(adapter: Path, model: Llava) -> tuple[LoraConfig, dict[str, Ten
     named = {_newer(name): value for name, value in weights.items()}
     found = {name.partition(".lora_")[0] for name in named if ".lora_" in name}
     _check_modules(adapter, config, found, model, layout)
-    _check_others(adapter, config, named)
+    named = _without_copies(adapter, config, named, model)
     return _in_full(config, found, named, layout), named
 
 
@@ -146,15 +147,26 @@ def _check_modules(
         )
 
 
-def _check_others(adapter: Path, config: LoraConfig, named: Mapping[str, Tensor]) -> None:
-    """Raises ModelError where a weight is neither LoRA's nor of a module that was trained whole."""
-    whole = config.modules_to_save or ()
-    for name in named:
-        if ".lora_" not in name and not any(re.match(rf"(^|.*\.){_newer(one)}(\.|$)", name) for one in whole):
+def _without_copies(adapter: Path, config: LoraConfig, named: Mapping[str, Tensor], model: Llava) -> dict[str, Tensor]:
+    """The weights of LoRA and of modules that were trained whole.
+
+    Where an adapter stands on words or head, peft saves the base's own beside it: copies are left out. Raises
+    ModelError where such a weight is another than the base's.
+    """
+    whole = [re.compile(rf"(^|.*\.){_newer(name)}(\.|$)") for name in config.modules_to_save or ()]
+    base = model.state_dict()  # tied weights by all their names
+    kept = {}
+    for name, value in named.items():
+        if ".lora_" in name or any(pattern.match(name) for pattern in whole):
+            kept[name] = value
+            continue
+        own = base.get(name.replace(".base_layer.", "."))
+        if own is None or not torch.equal(own.cpu().to(value.dtype), value):
             raise ModelError(
-                f"{adapter}: it holds {name}, which is no LoRA and which modules_to_save does not name; embeddings of "
-                "another vocabulary than the base's cannot be merged"
+                f"{adapter}: it holds {name}, which is no LoRA, is not named in modules_to_save, and is another than "
+                "the base's (of a larger vocabulary?): it cannot be merged into this base"
             )
+    return kept
 
 
 def _in_full(

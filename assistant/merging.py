@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaProcessor
@@ -86,6 +87,16 @@ def merge(adapter: Path, out: Path, requests: Sequence[Request], base: Path | No
         )
         _write_provenance(aside, adapter, folder, report)
     return report
+
+
+def merge_table(report: MergeReport) -> Table:
+    """The report as a table for the terminal."""
+    table = Table("against base and adapter side by side", "largest difference", "allowed", title="Log-probabilities")
+    table.add_row("merged, in float32", f"{report.merging:.2g}", f"{TOLERANCE['float32']:g}")
+    table.add_row(f"as written, in {report.stored}", f"{report.storing:.2g}", f"{report.tolerance:g}")
+    if report.four_bits is not None:
+        table.add_row("adapter on the base in 4 bits, as in training", f"{report.four_bits:.2g}", "told only")
+    return table
 
 
 def stored_arithmetic(folder: Path) -> Arithmetic:

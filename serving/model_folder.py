@@ -1,10 +1,11 @@
 """What the configuration in a model folder says about serving it."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from assistant.models import read_json, require_complete
+from assistant.models import ModelError, read_json, require_complete
 
 # What vLLM's own LLaVA knows. Any other tower (DINOv2, ViT), layout (Aya Vision, which holds our pixel-shuffle) or
 # activation makes it stop, and is served by vLLM's transformers backend instead: the same answers at a lower speed.
@@ -28,9 +29,10 @@ def read_model_folder(folder: Path) -> ModelFacts:
     """What serving needs to know of the complete `folder`.
 
     Raises:
-        ModelError: the folder or a file in it is missing or damaged.
+        ModelError: the folder or a file in it is missing or damaged, or vLLM lacks what reads its weights.
     """
     config = read_json(require_complete(folder) / "config.json")
+    _check_quantisation(folder, config)
     text_config = config.get("text_config", config)
     return ModelFacts(
         folder=folder,
@@ -41,6 +43,16 @@ def read_model_folder(folder: Path) -> ModelFacts:
         context_length=text_config.get("max_position_embeddings"),
         picture_token=_picture_token(folder, config),
     )
+
+
+def _check_quantisation(folder: Path, config: dict[str, Any]) -> None:
+    """vLLM 0.28 and later know nothing of bitsandbytes, and would call it an unknown method; it has a plugin."""
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method == "bitsandbytes" and find_spec("vllm_bnb_plugin") is None:
+        raise ModelError(
+            f"{folder} holds weights of bitsandbytes. vLLM reads bitsandbytes' weights with vllm-bnb-plugin, which is "
+            "not installed: `pip install vllm-bnb-plugin`, or export the model with --format int8"
+        )
 
 
 def _picture_token(folder: Path, config: dict[str, Any]) -> str | None:

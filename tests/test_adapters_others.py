@@ -152,7 +152,7 @@ def pickled(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a module is gone": (drop_one, r"incomplete or of another model: 3 modules in its weights, 4 by target_modules"),
     "half a module is gone": (drop_a_half, r"incomplete or of another model: .*lora_A"),
-    "embeddings of another size": (add_embeddings, r"embed_tokens\.weight, which is no LoRA"),
+    "embeddings of another size": (add_embeddings, r"embed_tokens\.weight, which is no LoRA, is not named in mod"),
     "another family": (of_another_family, r"hits no module of this base: it stands on transformer\.h\.0"),
     "pickled": (pickled, r"pickled \(adapter_model\.bin\), which may run code; save it again"),
     "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"\x01" * 100), "damaged"),

@@ -11,6 +11,11 @@ from training.data.recognise import ConversationRows, recognise
 from training.data.scenes import EVALUATION_SEED, make_scene
 
 
+def check_requests(source: str | None, count: int, pictures: Path | None = None) -> list[Request]:
+    """At most `count` questions, of `source` or, where it is None, about scenes; see `row_requests`."""
+    return scene_requests(count) if source is None else row_requests(source, count, pictures)
+
+
 def scene_requests(count: int) -> list[Request]:
     """One question about each of the first `count` scenes that no training sees."""
     scenes = [make_scene(EVALUATION_SEED + number) for number in range(count)]

@@ -1,0 +1,62 @@
+"""Write a model in another form for serving: other floats, or a language model in 4 or 8 bits."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from assistant.adapter_files import PROVENANCE, weights_hash
+from assistant.bitsandbytes_weights import eight_bits, four_bits
+from assistant.checkpoint import convert_weights, load_llava, save_llava
+from assistant.integer_weights import store_as_integers
+from assistant.log_probabilities import TOLERANCE, Arithmetic
+from assistant.models import EMBEDDER, ModelError, read_json
+
+Format = Literal["bfloat16", "float32", "int8", "bitsandbytes-4bit", "bitsandbytes-8bit"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+# How far, in the mean over answered tokens, the log-probability may lie from the unquantised model's: room for rounding
+# to so few bits, and far from what a wrong scale or a wrong layout does.
+MEAN_TOLERANCE: dict[Format, float] = {"int8": 0.1, "bitsandbytes-8bit": 0.1, "bitsandbytes-4bit": 0.4}
+
+
+def arithmetic_of(form: Format) -> Arithmetic:
+    """What the exported model computes in."""
+    return "float32" if form == "float32" else "bfloat16"
+
+
+def largest_allowed(form: Format) -> float | None:
+    """How far a single log-probability may lie from the original's; None where only the mean counts."""
+    return None if form in MEAN_TOLERANCE else TOLERANCE[arithmetic_of(form)]
+
+
+def export_model(source: Path, name: str, form: Format, target: Path) -> None:
+    """Write the model of the complete folder `source`, called `name`, into the folder `target` as `form` says.
+
+    - bfloat16, float32: all weights so.
+    - int8: matrices of the language model as 8-bit integers, inputs rounded as they come (W8A8); on CPUs and GPUs.
+    - bitsandbytes-4bit, -8bit: the same matrices in NF4, or as LLM.int8; vLLM reads them with `vllm-bnb-plugin`.
+
+    Raises ModelError where `source` cannot be read or is quantised already.
+    """
+    if "quantization_config" in read_json(source / "config.json"):
+        raise ModelError(f"{source} is quantised already; export the model that it was made of")
+    dtype = getattr(torch, arithmetic_of(form))
+    if form.startswith("bitsandbytes"):
+        bits = four_bits(dtype) if form == "bitsandbytes-4bit" else eight_bits()
+        save_llava(*load_llava(source, dtype, quantization_config=bits), target)
+    else:
+        save_llava(*load_llava(source, dtype), target)
+        convert_weights(target, arithmetic_of(form))
+    if form == "int8":
+        store_as_integers(target)
+    if (source / EMBEDDER).is_dir():
+        shutil.copytree(source / EMBEDDER, target / EMBEDDER)
+    said = {
+        "parent": {"name": name, "weights_sha256": weights_hash(source)},
+        "export": {"format": form},
+        "versions": {package: version(package) for package in ("torch", "transformers", "bitsandbytes")},
+    }
+    (target / PROVENANCE).write_text(json.dumps(said, indent=2) + "\n")
