@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ui.commands import asking, finding, keys, pretraining, serving, teaching, towers
+from ui.commands import asking, evaluating, exporting, finding, keys, preferring, pretraining, serving, teaching, towers
 
 DISTRIBUTION = "kangaroo-assistant"
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for kind in (serving, keys, asking, finding, teaching, pretraining, towers):
+for kind in (serving, keys, asking, finding, teaching, preferring, exporting, pretraining, evaluating, towers):
     app.add_typer(kind.commands)
 
 

@@ -45,7 +45,7 @@ def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
     for number, those in enumerate(references):
         if not any(tokenised(reference) for reference in those):
             raise ValueError(f"picture {number} has no reference caption to be compared with")
-    bleu, cider = _scorers()
+    bleu, cider = scorers()
     said = {number: [tokenised(caption)] for number, caption in enumerate(captions)}
     people = {number: [tokenised(reference) for reference in those] for number, those in enumerate(references)}
     bleu_scores, _ = bleu.compute_score(people, said, verbose=0)
@@ -68,7 +68,8 @@ def moved(length: int, seed: int = 0) -> list[int]:
     return order
 
 
-def _scorers():  # type: ignore[no-untyped-def]  # the package has no types
+def scorers():  # type: ignore[no-untyped-def]  # the package has no types
+    """pycocoevalcap's BLEU to 4-grams, and its CIDEr. Raises ImportError where it is not installed."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider

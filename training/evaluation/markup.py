@@ -4,6 +4,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from PIL import Image
+
 from assistant.images import encode_data_url, open_picture
 
 THUMBNAIL = 144  # pixels of the longer side; shown at two thirds of it, so that fine screens have enough
@@ -29,11 +31,11 @@ def document(root: Element) -> str:
     return "<!doctype html>\n" + ElementTree.tostring(root, encoding="unicode", method="html") + "\n"
 
 
-def thumbnail(content: bytes | Path, said: str) -> Element:
+def thumbnail(content: bytes | Path | Image.Image, said: str) -> Element:
     """A small copy of the picture in the page itself, as a JPEG in a data URL; `said` is read to who cannot see it.
 
     Raises PictureError where it cannot be read.
     """
-    picture = open_picture(content, enough=THUMBNAIL)
+    picture = content.copy() if isinstance(content, Image.Image) else open_picture(content, enough=THUMBNAIL)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return element("img", src=encode_data_url(picture, QUALITY), alt=said, loading="lazy")

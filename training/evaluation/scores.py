@@ -57,7 +57,7 @@ def score_draws(given: Sequence[Sequence[Hashable]], expected: Sequence[Hashable
     return Score(right, max(0.0, low), min(1.0, high), 1 / labels, scores[0].majority, len(expected))
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """The 95 % interval of a share measured on `count` independent trials (Wilson 1927); sound at 0 and 1 too."""
     if count < 1:
         raise ValueError("a share of nothing has no interval: at least one trial is needed")

@@ -20,15 +20,19 @@ def tower_page(findings: TowerFindings) -> str:
     """HTML with its style and its pictures inside: it asks nothing of any other place, and runs no script."""
     report = findings.report
     name = report["tower"]["source"]
-    head = element(
+    body = element("body", _heading(report), _scores(report), *_pictures(findings), _made_of(report))
+    return document(element("html", page_head(f"Measured: {name}"), body, lang="en"))
+
+
+def page_head(title: str) -> Element:
+    """The head of a page, with its title and the style inside."""
+    return element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"Measured: {name}"),
+        element("title", title),
         element("style", STYLE.read_text(encoding="utf-8")),
     )
-    body = element("body", _heading(report), _scores(report), *_pictures(findings), _made_of(report))
-    return document(element("html", head, body, lang="en"))
 
 
 def _heading(report: Mapping[str, Any]) -> Element:
