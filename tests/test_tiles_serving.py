@@ -13,6 +13,8 @@ from tests.test_serving_parity import MODEL_NAME, Answer, Prompt, ask_gateway, a
 from tests.test_tiles import make_tiny_tiled
 from training.data.scenes import EVALUATION_SEED, make_scene
 
+pytestmark = pytest.mark.slow  # it starts an engine of its own
+
 TOLERANCE = 1e-4  # in float32 only the order of additions differs
 SIZES = ((320, 160), (160, 320), (90, 500), (640, 210), (160, 160), (31, 40), (1200, 900))  # width and height
 
