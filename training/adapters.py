@@ -71,6 +71,13 @@ def add_lora(model: Llava, settings: LoraSettings, base: Path, base_name: str) -
     are trained whole and baked into the base. No bias, no DoRA: vLLM refuses them.
     Raises ModelError when a name hits nothing.
     """
+    adapter = planned_lora(model, settings, base, base_name)
+    inject_adapter_in_model(adapter.config, model)
+    return adapter
+
+
+def planned_lora(model: Llava, settings: LoraSettings, base: Path, base_name: str) -> Adapter:
+    """The adapter that `add_lora` would inject. Raises ModelError when a name hits nothing."""
     modules = lora_modules(model, settings.targets)
     config = LoraConfig(
         r=settings.rank,
@@ -80,7 +87,6 @@ def add_lora(model: Llava, settings: LoraSettings, base: Path, base_name: str) -
         bias="none",
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(config, model)
     return Adapter(config, modules, base, base_name)
 
 

@@ -12,6 +12,7 @@ from assistant.projectors import Projector
 from assistant.tiles import Grid
 from training.adapters import LoraSettings
 from training.objectives.instruct import Part
+from training.preference_stages import PreferenceStage, ReinforceStage, RewardStage
 from training.recipe_parts import ConversationSource, PictureSource, Schedule, TextSource
 from training.strict import Strict
 
@@ -272,7 +273,10 @@ class InstructStage(Strict):
         return self
 
 
-Stage = Annotated[TokenizerStage | TowerStage | LanguageStage | InstructStage, Field(discriminator="kind")]
+Stage = Annotated[
+    TokenizerStage | TowerStage | LanguageStage | InstructStage | PreferenceStage | RewardStage | ReinforceStage,
+    Field(discriminator="kind"),
+]
 
 
 class Recipe(Strict):

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from assistant.checkpoint import convert_weights, copy_model
 from assistant.hashing import file_hash
 from assistant.models import EMBEDDER
+from training.after_tuning import run_after_tuning
 from training.config import (
     ConversationSource,
     InstructStage,
@@ -27,6 +28,8 @@ from training.config import (
 from training.data.pictures import shard_files
 from training.data.sources import name_and_stamp
 from training.lesson_sets import open_conversations
+from training.preference_sets import read_rows_of
+from training.preference_stages import PairStage
 from training.reporting import require_reporter
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
 
@@ -103,6 +106,8 @@ def _run(stage: Stage, workshop: Workshop) -> dict[str, float]:
             return run_language(stage, workshop)
         case InstructStage():
             return run_instruct(stage, workshop)
+        case _:
+            return run_after_tuning(stage, workshop)
 
 
 def publish(recipe: Recipe, workshop: Workshop) -> None:
@@ -141,6 +146,8 @@ def check_data(recipe: Recipe, workshop: Workshop) -> None:
         name_and_stamp(source, workshop.data_folder)
     for talk in _conversations(recipe):
         open_conversations(talk, workshop.data_folder)
+    for pairs in _pairs(recipe):
+        read_rows_of(pairs, workshop.data_folder)
 
 
 def data_hashes(recipe: Recipe, workshop: Workshop) -> dict[str, str]:
@@ -152,12 +159,20 @@ def data_hashes(recipe: Recipe, workshop: Workshop) -> dict[str, str]:
     for talk in _conversations(recipe):
         records = open_conversations(talk, workshop.data_folder).records
         hashes[f"conversations {talk.conversations}"] = hashlib.sha256(records.stamp().encode()).hexdigest()
+    for pairs in _pairs(recipe):
+        stamp = read_rows_of(pairs, workshop.data_folder).records.stamp()
+        hashes[f"pairs {pairs.conversations}"] = hashlib.sha256(stamp.encode()).hexdigest()
     return hashes
 
 
 def _conversations(recipe: Recipe) -> list[ConversationSource]:
     stages = [stage for stage in recipe.stages if isinstance(stage, InstructStage)]
     return [source for stage in stages for source in (*stage.conversations, *stage.held_out_conversations)]
+
+
+def _pairs(recipe: Recipe) -> list[ConversationSource]:
+    stages = [stage for stage in recipe.stages if isinstance(stage, PairStage)]
+    return [source for stage in stages for source in (*stage.pairs, *stage.held_out_pairs)]
 
 
 def _other_sources(recipe: Recipe) -> list[PictureSource]:

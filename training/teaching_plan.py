@@ -65,12 +65,12 @@ def measured_plan(objective: InstructObjective, stage: InstructStage, lessons: D
         kept = max(kept, saved)
     objective.zero_grad(set_to_none=True)
     return TeachingPlan(
-        parts=tuple(_parts(objective)),
+        parts=tuple(parts_of(objective)),
         samples=schedule.batch_size * schedule.accumulation,
         tokens=tokens * schedule.accumulation // 2,
         supervised=supervised * schedule.accumulation // 2,
         steps=schedule.steps,
-        held_bytes=_held_bytes(objective),
+        held_bytes=held_bytes(objective),
         kept_bytes=kept,
         seconds=seconds * schedule.accumulation,
     )
@@ -83,7 +83,7 @@ def _forward_and_back(
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     mixed = has_fast_bf16() if bf16 is None else bf16
     began = time.monotonic()
-    with _counting_kept() as kept, torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+    with counting_kept() as kept, torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
         loss = total_loss(objective(**inputs))
     loss.backward()
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def _forward_and_back(
 
 
 @contextmanager
-def _counting_kept() -> Iterator[dict[int, int]]:
+def counting_kept() -> Iterator[dict[int, int]]:
     """Bytes of each storage that autograd keeps for the way back, parameters left out."""
     kept: dict[int, int] = {}
 
@@ -106,7 +106,8 @@ def _counting_kept() -> Iterator[dict[int, int]]:
         yield kept
 
 
-def _parts(objective: InstructObjective) -> Iterator[PartPlan]:
+def parts_of(objective: InstructObjective) -> Iterator[PartPlan]:
+    """The parts of a LLaVA, with how much of each trains."""
     trained = objective.trained_parameters()
     own = objective.adapter.parameters() if objective.adapter is not None else set()
     for part, prefixes in PREFIXES.items():
@@ -122,7 +123,8 @@ def _count(parameter: Tensor) -> int:
     return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 
-def _held_bytes(objective: InstructObjective) -> int:
+def held_bytes(objective: InstructObjective) -> int:
+    """Bytes of the weights, and of gradients and Adam's moments of those that train."""
     held = sum(p.numel() * p.element_size() for p in objective.parameters())
     return held + sum(p.numel() * (p.element_size() + ADAM_BYTES) for p in objective.parameters() if p.requires_grad)
 

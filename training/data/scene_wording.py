@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
+QuestionKind = Literal["colour", "shape", "position", "count", "size", "word", "digits", "chart", "yes_no"]
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 PLACE_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 PLACE_PHRASES |= {"middle": "in the middle"}

@@ -1,0 +1,94 @@
+"""A judge of answers: its loss is the formula, it learns to rank, and it judges alike when it is loaded again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from assistant.adapter_files import load_adapted
+from assistant.models import ModelError
+from training.data.preferences import Preference
+from training.preference_stages import RewardStage
+from training.reward import RewardObjective, ranked_right, reward_objective, run_reward
+from training.reward_model import HEAD, RewardModel, answer_ends
+from training.stages import Workshop
+from training.trainer import freeze_all_but
+
+
+def stage_on(model: Path, steps: int = 2, **said: Any) -> RewardStage:
+    """A stage that judges two pairs about scenes, in float32, on `model`."""
+    schedule: dict[str, Any] = {"steps": steps, "batch_size": 2, "learning_rate": 1e-2, "bf16": False, "log_every": 1}
+    schedule |= {"save_every": steps, "evaluate_every": steps, "final_rate": 1.0}
+    stage: dict[str, Any] = {
+        "kind": "reward",
+        "name": "reward",
+        "start_from": str(model),
+        "lora": {"rank": 4, "alpha": 8},
+    }
+    stage |= {"mixture": [{"scenes": 2, "weight": 1}], "held_out_samples": 3, "schedule": schedule}
+    return RewardStage.model_validate(stage | said)
+
+
+def test_the_loss_is_the_formula(tiny_model: Path, tmp_path: Path) -> None:
+    """Ouyang et al. 2022, eq. 1, in plain loops: the head reads the last token of each answer's turn."""
+    objective, pairs, held_out = reward_objective(stage_on(tiny_model), Workshop(tmp_path, None))
+    batch = dict(objective.eval().collate([pairs[0], pairs[1]]))
+    with torch.no_grad():
+        seen = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        hidden = objective.model(**seen, output_hidden_states=True).hidden_states[-1]
+        values = objective(**batch)
+    rewards = []
+    for row in range(4):
+        last = max(place for place in range(hidden.shape[1]) if batch["completion_mask"][row, place])
+        assert batch["input_ids"][row, last] == objective.processor.tokenizer.eos_token_id
+        assert last == int(answer_ends(batch["completion_mask"])[row])
+        rewards.append(float(hidden[row, last] @ objective.head.weight[0]))
+    losses = [-torch.log(torch.sigmoid(torch.tensor(rewards[pair] - rewards[pair + 2]))) for pair in (0, 1)]
+    assert float(values["ranking_loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-4)
+    right = sum(rewards[pair] > rewards[pair + 2] for pair in (0, 1)) / 2
+    assert float(values["ranked_right"]) == right
+    counted = [float(objective(**dict(objective.collate([held_out[place]])))["ranked_right"]) for place in range(3)]
+    assert ranked_right(objective, held_out, 2) == pytest.approx(sum(counted) / 3)
+
+
+def test_exactly_adapter_and_head_train(tiny_model: Path, tmp_path: Path) -> None:
+    objective, pairs, _ = reward_objective(stage_on(tiny_model), Workshop(tmp_path, None))
+    assert isinstance(objective, RewardObjective)
+    freeze_all_but(objective.train(), objective.trained_parameters())
+    before = {name: value.clone() for name, value in objective.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(**objective.collate([pairs[0]]))["ranking_loss"].backward()
+        optimizer.step()
+    moved = {name for name, value in objective.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == objective.trained_parameters()
+    assert moved - {"head.weight"} and all("lora_" in name for name in moved - {"head.weight"})
+
+
+def test_it_learns_to_rank_and_judges_alike_when_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    """Behind some steps on two pairs it ranks both right; what is loaded gives the numbers of what was trained."""
+    stage = stage_on(tiny_model, steps=8)
+    scores = run_reward(stage, Workshop(tmp_path, None))
+    assert 0 <= scores["ranked_right"] <= 1
+    lines = [json.loads(line) for line in (tmp_path / "reward" / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert trained[-1]["ranked_right"] == 1 and trained[-1]["margin"] > trained[0]["margin"] + 0.5
+    output = tmp_path / "reward" / "output"
+    load_adapted(output / "adapter")
+    judge = RewardModel.load(output)
+    _, pairs, _ = reward_objective(stage, Workshop(tmp_path, None))
+    for place in range(2):
+        pair = pairs[place]
+        assert isinstance(pair, Preference)
+        asked = pair.messages[0]["content"][-1]["text"]
+        answers = [messages[1]["content"][0]["text"] for messages in (pair.messages, pair.other().messages)]
+        picture = Image.fromarray(pair.views[0].permute(1, 2, 0).numpy())
+        better, worse = judge.rewards(asked, answers, picture)
+        assert better > worse
+    (output / HEAD).unlink()
+    with pytest.raises(ModelError, match=r"no reward model: it lacks reward_head.safetensors"):
+        RewardModel.load(output)

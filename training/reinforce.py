@@ -1,0 +1,149 @@
+"""Let a LLaVA try answers where the right one is known, by group relative policy optimisation through trl."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from assistant.chat import user_message
+from assistant.tower_shapes import output_side
+from training.adapters import Adapter
+from training.arguments import arguments_of
+from training.config import RecipeError
+from training.data.scene_wording import Question
+from training.data.scenes import Scene, kind_of, make_scene
+from training.evaluation.answers import normalised
+from training.lesson_sets import HELD_OUT_SEED
+from training.preference_stages import ReinforceStage
+from training.stages import Workshop, samples_of
+from training.trl_run import TrlRun, finished, started
+
+SCENES_KEPT = 64  # drawn ones: the answers to a question come one after the other and need the same picture
+MOST_EMPTY = 200  # scenes in a row without a question of the wanted kinds
+
+
+class ReinforceTrainer(TrlRun, GRPOTrainer):
+    """trl's GRPOTrainer in our house."""
+
+    names: ClassVar[Mapping[str, str]] = {
+        "reward": "reward",
+        "reward_std": "reward_spread",
+        "frac_reward_zero_std": "groups_alike",
+        "kl": "kl",
+        "entropy": "entropy",
+        "completions/mean_length": "answer_tokens",
+        "completions/clipped_ratio": "answers_cut",
+    }
+    shown: ClassVar[Sequence[str]] = ("reward", "kl")
+
+    def counted(self, batch: Any) -> tuple[int, int]:
+        """Tokens of the prompts and of the answers that were tried for the step just done, and of the answers alone."""
+        kept = self._buffered_inputs[(self._step - 1) % len(self._buffered_inputs)]
+        answers = int(kept["completion_mask"].sum())
+        return int(kept["prompt_mask"].sum()) + answers, answers
+
+
+def run_reinforce(stage: ReinforceStage, workshop: Workshop) -> dict[str, float]:
+    """Train the adapter of `stage` and export it, alone and merged; returns the held-out scores."""
+    folder = workshop.runs / stage.name
+    trainer, adapter = reinforce_trainer(stage, workshop, folder)
+    scores = trainer.run(folder)
+    finished(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), adapter, folder / "output")
+    return scores
+
+
+def reinforce_trainer(stage: ReinforceStage, workshop: Workshop, folder: Path) -> tuple[ReinforceTrainer, Adapter]:
+    """What trains `stage`, and the adapter that it trains. Raises RecipeError before anything trains."""
+    set_seed(stage.schedule.seed)
+    model, processor, adapter = started(stage, workshop)
+    side = output_side(processor.image_processor)
+    asked = SceneQuestions(stage, side, 0), SceneQuestions(stage, side, HELD_OUT_SEED)
+    questions = samples_of(stage.schedule)
+    trainer = ReinforceTrainer(
+        model=model,
+        reward_funcs=[exact],
+        args=grpo_arguments(stage, folder),
+        train_dataset=asked[0].dataset(questions),
+        eval_dataset=asked[1].dataset(stage.held_out_samples),
+        processing_class=processor,
+        peft_config=adapter.config,
+    )
+    trainer.join_house(stage, folder, stage.schedule.batch_size * stage.schedule.accumulation * stage.answers)
+    return trainer, adapter
+
+
+def exact(completions: Sequence[Any], answer: Sequence[str], **unused: Any) -> list[float]:
+    """1 for each answer that equals the right one as `training.evaluation.answers` judges, else 0.
+
+    Args:
+        completions: of each attempt its messages, as trl hands them over: one answer.
+        answer: the right answer to the question of each attempt.
+    """
+    said = (attempt[0]["content"] for attempt in completions)
+    return [float(normalised(given) == normalised(right)) for given, right in zip(said, answer, strict=True)]
+
+
+class SceneQuestions:
+    """Questions about generated scenes, one about each scene, by place."""
+
+    def __init__(self, stage: ReinforceStage, side: int, first_seed: int) -> None:
+        self.stage, self.side, self.first_seed = stage, side, first_seed
+        self._scene = lru_cache(SCENES_KEPT)(self._drawn)
+
+    def dataset(self, count: int) -> Dataset:
+        """`count` questions as trl reads them: `prompt` (messages), `images` and `answer`, made when asked for."""
+        self.question(0)  # better now than in the middle of a run
+        return Dataset.from_dict({"place": list(range(count))}).with_transform(self._rows)
+
+    def question(self, place: int) -> tuple[Scene, Question]:
+        """The scene and the question at `place`; a scene without a wanted question leaves its place to a later one.
+
+        Raises RecipeError where so many scenes in a row have none that the kinds do not fit each other.
+        """
+        for step in range(MOST_EMPTY):
+            scene = self._scene((place + step * self.stage.scenes // MOST_EMPTY) % self.stage.scenes)
+            fitting = [q for q in scene.questions if not self.stage.questions or q.kind in self.stage.questions]
+            if fitting:
+                return scene, fitting[place % len(fitting)]
+        raise RecipeError(
+            f"stage {self.stage.name}: {MOST_EMPTY} scenes of {', '.join(self.stage.scene_kinds) or 'all kinds'} have "
+            f"no question about {' or '.join(self.stage.questions)}; leave out questions or scene_kinds"
+        )
+
+    def _drawn(self, index: int) -> Scene:
+        return make_scene(self.first_seed + index, self.side, kind_of(index, self.stage.scene_kinds))
+
+    def _rows(self, batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
+        asked = [self.question(place) for place in batch["place"]]
+        return {
+            "prompt": [[user_message(question.question, 1)] for _, question in asked],
+            "images": [[scene.image] for scene, _ in asked],
+            "answer": [question.answer for _, question in asked],
+        }
+
+
+def grpo_arguments(stage: ReinforceStage, folder: Path) -> GRPOConfig:
+    """What `stage` says, in trl's words: the clipped objective of Shao et al. 2024, eq. 3.
+
+    The advantage of an answer is its reward less the mean of its group, over the group's standard deviation.
+    """
+    schedule = stage.schedule
+    said = arguments_of(schedule, folder / "checkpoints")
+    said |= {"per_device_train_batch_size": schedule.batch_size * stage.answers}
+    return GRPOConfig(
+        **said,
+        gradient_checkpointing=schedule.gradient_checkpointing,
+        shuffle_dataset=False,  # the scenes are drawn by their numbers, so that resuming is exact
+        num_generations=stage.answers,
+        num_generations_eval=1,
+        max_completion_length=stage.longest_answer,
+        temperature=stage.temperature,
+        beta=stage.beta,
+        epsilon=stage.clip,
+        loss_type="grpo",
+        scale_rewards="group",
+    )
