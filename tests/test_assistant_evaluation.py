@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from playwright.sync_api import Browser
+from playwright.sync_api import Request as PageRequest
 from torch.nn.functional import log_softmax
 from typer.testing import CliRunner
 
@@ -277,16 +278,23 @@ def test_the_command_refuses_in_one_line(
     assert said in lines[0]
 
 
-def test_a_browser_shows_the_page(browser: Browser, tiny_model: Path, own: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page(
+    browser: Browser, tiny_model: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a phone and wide: nothing is fetched, no text runs, every picture is drawn."""
+    monkeypatch.setenv("PATH", "")  # METEOR has a test of its own
     page = tmp_path / "report.html"
     words = ["evaluate", str(tiny_model), "--out", str(tmp_path / "r.json"), "--page", str(page)]
     tasks = [word for kind in ("words", "choices", "captions") for word in ("--task", str(own / f"{kind}.yaml"))]
     assert CliRunner().invoke(app, [*words, *tasks]).exit_code == 0
     fetched: list[str] = []
+
+    def note(request: PageRequest) -> None:
+        fetched.append(request.url)
+
     for width in (360, 1200):
         shown = browser.new_page(viewport={"width": width, "height": 800})
-        shown.on("request", lambda request: fetched.append(request.url))
+        shown.on("request", note)
         shown.goto(page.as_uri())
         assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
         assert shown.title() == f"Measured: {tiny_model}"

@@ -1,6 +1,7 @@
 """Asking a server that fails: what passes is tried again, the rest is named, and no failure is a wrong answer."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,44 @@ def test_a_server_that_weighs_nothing_is_not_asked_for_choices(task: Path) -> No
             pytest.raises(EndpointError, match=r"does not weigh given texts.*without --endpoint"),
         ):
             examine_assistant(None, wanted(task, server.url))
+        predictions_file(task.with_name("report.json"), "own").unlink()
+
+
+def weighed(tokens: list[tuple[int, float, str]]) -> dict:
+    """A completion with `prompt_logprobs: 0` in the shape that vLLM documents; the first token has none."""
+    places = [{str(id): {"logprob": value, "rank": 1, "decoded_token": text}} for id, value, text in tokens]
+    return completion("x") | {"prompt_logprobs": [None, *places]}
+
+
+def test_the_likelihood_of_a_choice_is_summed_over_its_own_tokens(task: Path) -> None:
+    """Those behind the prompt that the question alone makes, without the line break behind the end of the turn."""
+    rows = {"id": "q", "image": "0.png", "question": "Is it 0", "answer": "a", "choices": ["a", "b c"]}
+    task.with_name("rows.jsonl").write_text(json.dumps(rows) + "\n")
+    task.write_text("about: mine\nkind: choices\ndata: {file: rows.jsonl}\n")
+    prompt = [(7, -3.0, "<image>"), (9, -2.0, "Is")]
+    ends = [(2, -0.25, "</s>"), (13, -5.0, "\n")]
+    bodies = {
+        None: weighed(prompt),
+        "a": weighed([*prompt, (20, -1.0, "a"), *ends]),
+        "b c": weighed([*prompt, (21, -0.5, "b"), (22, -0.5, "c"), *ends]),
+    }
+
+    def rule(question: str, tries: int) -> Fault:
+        messages = server.bodies[-1]["messages"]
+        return Fault(body=bodies[messages[1]["content"] if len(messages) > 1 else None])
+
+    with faulty_server(rule) as server:
+        report = examine_assistant(None, wanted(task, server.url, at_once=1)).report
+        assert [body["prompt_logprobs"] for body in server.bodies] == [0, 0, 0]
+        assert [body.get("add_generation_prompt") for body in server.bodies] == [None, False, False]
+    file = predictions_file(task.with_name("report.json"), "own")
+    kept = json.loads(file.read_text().splitlines()[1])
+    assert (kept["likelihoods"], kept["tokens"]) == ([-1.25, -1.25], [2, 3])
+    assert [score["value"] for score in report["tasks"][0]["scores"]] == [0.0, 1.0]
+    bodies["a"] = weighed([(8, -3.0, "other"), *prompt])
+    file.unlink()
+    with faulty_server(rule) as server, pytest.raises(EndpointError, match="does not begin as the prompt without"):
+        examine_assistant(None, wanted(task, server.url, at_once=1))
 
 
 def test_nothing_there_is_said_in_one_line(task: Path) -> None:
@@ -199,12 +238,18 @@ def test_nothing_there_is_said_in_one_line(task: Path) -> None:
 
 
 def test_waiting_for_one_answer_does_not_hold_up_the_others(task: Path) -> None:
-    def rule(question: str, tries: int) -> str | Fault:
-        return Fault(seconds=1.5, body=completion("Yes.")) if question == "Is it 0" else right(question, tries)
+    """The first question is answered when all others have been asked."""
+    asked_by_then: list[int] = []
+
+    def rule(question: str, tries: int) -> str:
+        started = time.monotonic()
+        while question == "Is it 0" and len(server.asked) < QUESTIONS and time.monotonic() < started + 30:
+            time.sleep(0.01)
+        if question == "Is it 0":
+            asked_by_then.append(len(server.asked))
+        return right(question, tries)
 
     with faulty_server(rule) as server:
-        examine_assistant(None, wanted(task, server.url))
-        last = [body["messages"][0]["content"][1]["text"] for body in server.bodies]
-    assert last.count("Is it 0") == 1
-    file = predictions_file(task.with_name("report.json"), "own")
-    assert [json.loads(line)["id"] for line in file.read_text().splitlines()[1:]][-1] == "q0"
+        report = examine_assistant(None, wanted(task, server.url, timeout=60.0)).report
+    assert asked_by_then == [QUESTIONS]
+    assert accuracy_of(report) == 1

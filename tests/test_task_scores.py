@@ -248,11 +248,11 @@ def test_consistency_is_by_nlvrs_formula() -> None:
     said = [one if generator.random() < 0.8 else "False" for one in expected]
     items = [item(n, one, group=statements[n]) for n, one in enumerate(expected)]
     found = by_name(list(true_false_measures(items, said)))
-    right = {}
+    right: dict[str, list[bool]] = {}
     for statement, one, other in zip(statements, expected, said, strict=True):
         right.setdefault(statement, []).append(one == other.lower())
     assert found["consistency"] == pytest.approx(sum(all(those) for those in right.values()) / len(right))
-    assert found["accuracy"] == pytest.approx(sum(sum(those) for those in right.values()) / 150)
+    assert found["accuracy"] == pytest.approx(sum(those.count(True) for those in right.values()) / 150)
     assert verdict_of("Yes", "true_false") == "true" and verdict_of("perhaps", "true_false") is None
 
 
@@ -327,7 +327,8 @@ def test_differences_take_the_test_that_fits() -> None:
     generator = np.random.default_rng(1)
     items = [item(n, "x") for n in range(60)]
     one, other = ((generator.random(60) < share).astype(float) for share in (0.8, 0.5))
-    found = difference_of(*(accuracy_measure("a", items, right, None) for right in (one, other)))
+    first, second = (accuracy_measure("a", items, right, None) for right in (one, other))
+    found = difference_of(first, second)
     assert found.test == "McNemar, exact"
     gained, lost = int((one > other).sum()), int((one < other).sum())
     assert found.p == pytest.approx(stats.binomtest(gained, gained + lost).pvalue)
@@ -335,8 +336,8 @@ def test_differences_take_the_test_that_fits() -> None:
     assert found.low < found.value < found.high
 
     values = generator.normal(0.3, 1, 40), generator.normal(0, 1, 40)
-    pair = [mean_measure("m", items[:40], some) for some in values]
-    found = difference_of(*pair)
+    first, second = (mean_measure("m", items[:40], some) for some in values)
+    found = difference_of(first, second)
     assert found.test == "paired permutation"
     outside = stats.permutation_test(
         values,
@@ -348,14 +349,15 @@ def test_differences_take_the_test_that_fits() -> None:
     )
     assert found.p == pytest.approx(outside.pvalue, abs=0.02)
     with pytest.raises(ValueError, match="same items"):
-        difference_of(pair[0], mean_measure("m", items[1:41], values[1]))
+        difference_of(first, mean_measure("m", items[1:41], values[1]))
 
 
 def test_questions_about_one_picture_change_places_together() -> None:
     """Every question twice would make p smaller; the same picture's two answers are one observation."""
     right = np.repeat([1.0] * 9 + [0.0], 10), np.repeat([0.0] * 4 + [1.0] * 6, 10)
     items = [item(n, "x", group=str(n // 10)) for n in range(100)]
-    found = difference_of(*(accuracy_measure("a", items, some, None) for some in right))
+    first, second = (accuracy_measure("a", items, some, None) for some in right)
+    found = difference_of(first, second)
     assert found.test == "paired permutation"
     assert found.p == pytest.approx(stats.binomtest(1, 5).pvalue, abs=0.02)
 

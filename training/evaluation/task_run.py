@@ -64,8 +64,7 @@ def answer_task(asked: TaskItems, predictor: Predictor, file: Path, model: Mappi
                 except EndpointError as error:
                     kept = f"{len(writer.answered)} of {len(asked.items)} answers are kept in {file}"
                     raise EndpointError(f"{error}. {kept}: the same command goes on from there") from error
-        kept = len(asked.items) - len(missing)
-        return Stored(None, writer.answered, writer.failed), len(writer.answered) - kept
+        return Stored(None, writer.answered, writer.failed), len(writer.answered) + len(missing) - len(asked.items)
 
 
 def require_complete(asked: TaskItems, stored: Stored, partial: bool) -> dict[str, str]:
