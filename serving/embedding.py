@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from assistant.images import PictureError, PictureLimits, decode_data_url
 from serving.errors import ApiError
+from serving.protocols.common import PicturePart, TextPart
 from serving.protocols.embeddings import (
     Classification,
     Classifications,
@@ -40,9 +41,9 @@ def embeddings(embedder: "Embedder", body: EmbeddingsRequest, limits: PictureLim
     """The answer to `body`. Raises ApiError for a picture that cannot be read, or a text that is too long."""
     import torch
 
-    inputs = dict(enumerate(body.inputs()))
-    pictures = {number: each for number, each in inputs.items() if body.is_picture(each)}
-    texts = {number: each for number, each in inputs.items() if number not in pictures}
+    inputs = list(enumerate(body.parts()))
+    pictures = {number: part.image_url.url for number, part in inputs if isinstance(part, PicturePart)}
+    texts = {number: part.text for number, part in inputs if isinstance(part, TextPart)}
     parts = []
     if texts:
         params = [f"input.{number}" for number in texts]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from serving.protocols.captions import Pictures
-from serving.protocols.common import ContentPart, Part, PicturePart, Text, TextPart
+from serving.protocols.common import ContentPart, Part, PictureAddress, PicturePart, Text, TextPart
 
 MOST_INPUTS = 256
 MOST_PICTURES = 64
@@ -32,27 +32,29 @@ class EmbeddingsRequest(Part):
 
     @model_validator(mode="after")
     def check(self) -> "EmbeddingsRequest":
-        if sum(self.is_picture(each) for each in self.inputs()) > MOST_PICTURES:
+        if self.pictures() > MOST_PICTURES:
             raise ValueError(f"input: it holds more than {MOST_PICTURES} pictures")
-        for number, each in enumerate(self.inputs()):
-            if not self.is_picture(each) and len(each) > LONGEST_INPUT:
+        for number, part in enumerate(self.parts()):
+            if isinstance(part, TextPart) and len(part.text) > LONGEST_INPUT:
                 raise ValueError(f"input.{number}: the text holds more than {LONGEST_INPUT:,} characters")
         return self
 
-    def inputs(self) -> list[str]:
-        """Each text, and each picture as its data URL."""
+    def parts(self) -> list[TextPart | PicturePart]:
+        """Each text and each picture, as chat writes them."""
         given = [self.input] if isinstance(self.input, str) else self.input
-        return [_as_string(each) for each in given]
+        return [_as_part(each) for each in given]
 
-    @staticmethod
-    def is_picture(given: str) -> bool:
-        return given.lower().startswith("data:image/")
+    def pictures(self) -> int:
+        """How many pictures it holds."""
+        return sum(isinstance(part, PicturePart) for part in self.parts())
 
 
-def _as_string(given: str | TextPart | PicturePart) -> str:
-    if isinstance(given, str):
+def _as_part(given: str | TextPart | PicturePart) -> TextPart | PicturePart:
+    if not isinstance(given, str):
         return given
-    return given.text if isinstance(given, TextPart) else given.image_url.url
+    if given.lower().startswith("data:image/"):
+        return PicturePart(type="image_url", image_url=PictureAddress(url=given))
+    return TextPart(type="text", text=given)
 
 
 class Embedding(BaseModel):

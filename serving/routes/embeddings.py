@@ -22,7 +22,7 @@ async def embed(body: EmbeddingsRequest, request: Request, chat: Chat, service: 
     """Embed texts and pictures as points of unit length in one space: what belongs together lies close."""
     check_model(body.model, chat)
     note = note_of(request)
-    note.take_pictures(sum(body.is_picture(each) for each in body.inputs()))
+    note.take_pictures(body.pictures())
     answer = await service.run(lambda embedder: embeddings(embedder, body, chat.picture_limits))
     note.take_usage(answer.usage.model_dump())
     return answer
