@@ -16,7 +16,7 @@ from assistant.adapter_files import load_adapted
 from assistant.answering import Assistant, Request
 from assistant.checkpoint import load_llava
 from training.checkpoints import newest_whole
-from training.config import Recipe, RecipeError, read_recipe, rehearsal
+from training.config import RecipeError, read_recipe, rehearsal
 from training.data.pictures import DataError
 from training.data.scenes import make_scene
 from training.preference import PreferenceTrainer, preference_trainer, run_preference
@@ -184,7 +184,7 @@ def test_faults_are_told_before_anything_trains(tiny_model: Path, tmp_path: Path
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("image,question,chosen,rejected\ncat.png,What?,A cat.,A dog.\n")
     with pytest.raises(DataError, match=r"row 1 \(line 2\).*image: there is no file.*cat.png"):
-        run_preference(stage_on(tiny_model, mixture=[], pairs=[{"conversations": str(pairs)}]), workshop)
+        run_preference(stage_on(tiny_model, mixture=[], pairs=[{"conversations": str(pairs), "damaged": 0}]), workshop)
     with pytest.raises(ValueError, match="name where pairs come from"):
         stage_on(tiny_model, mixture=[])
     with pytest.raises(ValueError, match=r"schedule.compile is not done in a PreferenceStage"):
@@ -197,7 +197,7 @@ def test_the_two_step_form_of_a_shipped_recipe_runs(name: str, tiny_model: Path,
     """On a tiny model in Joey's place; what comes out answers, and says what it came from."""
     recipe = rehearsal(read_recipe(name))
     stage = recipe.stages[0].model_copy(update={"start_from": str(tiny_model)})
-    model = run_recipe(Recipe.model_validate(recipe.model_dump() | {"stages": (stage.model_dump(),)}), None, tmp_path)
+    model = run_recipe(recipe.model_copy(update={"stages": (stage,)}), None, tmp_path)
     assert Assistant.load(model).answer_batch([Request("What is this?", (make_scene(1).image,))], 4)
     assert (model / "adapter" / "adapter_model.safetensors").is_file()
     assert set(json.loads((model / "provenance.json").read_text())["stages"]) == {stage.name}

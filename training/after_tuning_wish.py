@@ -98,6 +98,7 @@ def _sources(wish: AfterWish) -> dict[str, Any]:
         hub=not path.exists() and len(wish.data.split("/")) == 2 and not wish.data.startswith((".", "/")),
         pictures=None if wish.pictures is None else str(Path(wish.pictures).expanduser().absolute()),
         downloads=wish.downloads,
+        damaged=0.0,  # a person is told of every bad row
     )
     return {"pairs": (pairs,)}
 
