@@ -56,7 +56,7 @@ class PairStage(_AdapterStage):
         for source in (*self.mixture, *self.held_out):
             if source.stream or source.use != "captions":
                 raise ValueError("pairs are made from scenes and captions; leave `use` out, and do not stream")
-        if not sum(source.weight for source in (*self.mixture, *self.pairs)):
+        if not any([*(source.weight for source in self.mixture), *(source.weight for source in self.pairs)]):
             raise ValueError("every weight is 0")
         return self
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from datasets import Dataset
 from transformers import set_seed
@@ -42,7 +42,8 @@ class ReinforceTrainer(TrlRun, GRPOTrainer):
 
     def counted(self, batch: Any) -> tuple[int, int]:
         """Tokens of the prompts and of the answers that were tried for the step just done, and of the answers alone."""
-        kept = self._buffered_inputs[(self._step - 1) % len(self._buffered_inputs)]
+        batches = cast(list[Any], self._buffered_inputs)  # trl fills it before the first step
+        kept = batches[(self._step - 1) % len(batches)]
         answers = int(kept["completion_mask"].sum())
         return int(kept["prompt_mask"].sum()) + answers, answers
 

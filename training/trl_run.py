@@ -105,7 +105,7 @@ def finished(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     """Export the adapter, and base and adapter as one model, into `folder`; on the main process alone."""
     state = PartialState()
     if state.is_main_process:
-        export_adapted(model, adapter, set(), folder)  # type: ignore[arg-type]
+        export_adapted(model, adapter, set(), folder)
     state.wait_for_everyone()
 
 

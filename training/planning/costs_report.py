@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from training.config import Recipe, RecipeError, TokenizerStage, read_recipe
+from training.config import Recipe, RecipeError, read_recipe
 from training.planning.costs import SPARE, WAYS, Costs, Step, TrainedStage
 from training.planning.launching import (
     bytes_in,
@@ -84,7 +84,9 @@ def recipe_and_stage(said: str) -> tuple[Recipe, TrainedStage]:
     """What `RECIPE` or `RECIPE:STAGE` names. Raises RecipeError where there is no such stage, or several."""
     name, _, chosen = said.partition(":")
     recipe = read_recipe(name)
-    trained: list[TrainedStage] = [stage for stage in recipe.stages if not isinstance(stage, TokenizerStage)]
+    trained = [stage for stage in recipe.stages if isinstance(stage, TrainedStage)]
+    if not trained:
+        raise RecipeError(f"{name} has no stage whose costs can be planned: a tower, a language model or instructions")
     found = [stage for stage in trained if stage.name == chosen] if chosen else trained
     if len(found) != 1:
         why = f"no stage {chosen!r} that trains a model" if chosen else "several stages"

@@ -54,6 +54,10 @@ class Subjects:
                 return self._instruct_objective(stage)
             case TokenizerStage():
                 raise RecipeError(f"stage {stage.name} trains a tokenizer: that costs minutes of one processor")
+            case _:
+                raise RecipeError(
+                    f"stage {stage.name} trains an adapter on what is tuned already: it cannot be planned"
+                )
 
     def _named(self, name: str | None) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)
