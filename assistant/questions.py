@@ -26,7 +26,7 @@ CAPTION_STYLES: dict[CaptionStyle, CaptionWords] = {
 # A screen reader says that it is an image before it reads the alternative text (WCAG 2.2, technique G94; HTML,
 # section 4.8.4.4.1), so the text must not say so again.
 SAYS_IT_IS_A_PICTURE = re.compile(
-    r"^(?:this is |there is |here is )?(?:an?|the) (?:picture|image|photo|photograph)(?: of| showing| shows)? ",
+    r"^(?:this is |there is |here is )?(?:an?|the) (?:picture|image|photo|photograph)(?: of| showing| that shows) ",
     re.IGNORECASE,
 )
 
