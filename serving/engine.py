@@ -241,6 +241,8 @@ def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, mo
     command += ["--allowed-media-domains", "no.address.is.allowed.invalid"]
     # 4 GiB by default, and twice: too much for a small machine.
     command += ["--mm-processor-cache-gb", "0.5"]
+    # Small models that are held to JSON write line breaks and spaces without end where the form allows any.
+    command += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
     command += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
     command += ["--model-impl", "vllm" if facts.read_by_vllm else "transformers"]
     if facts.context_length is not None:

@@ -81,6 +81,11 @@ class Upstream:
             body = body | {"stream_options": {"include_usage": True}}
         try:
             answer = await self._client.send(self._request("POST", path, body), stream=streamed)
+            if answer.status_code == 500:
+                # vLLM loses the picture of a request whose client went away, and fails the next request that shows it
+                # so that it is sent again (in its log: "P0/P1 cache drift").
+                await answer.aclose()
+                answer = await self._client.send(self._request("POST", path, body), stream=streamed)
             if answer.status_code != 200:
                 await answer.aread()
                 return _relayed_error(answer)

@@ -65,11 +65,14 @@ class CaptionServer:
             raise ServerError(f"{self._client.base_url} lists no model; name one with --model") from error
 
     def _asked(self, method: str, path: str, body: dict[str, Any] | None = None, name: str = "") -> dict[str, Any]:
-        for _ in range(MOST_TRIES):
+        for tries in range(MOST_TRIES):
             try:
                 answer = self._client.request(method, path, json=body)
             except httpx.HTTPError as error:
                 raise ServerError(f"{self._client.base_url} does not answer ({type(error).__name__})") from error
+            # vLLM fails a request for a picture that an aborted one showed too, and answers it the second time.
+            if answer.status_code == 500 and tries < 2:
+                continue
             if answer.status_code not in (429, 503):
                 break
             time.sleep(min(60, int(answer.headers.get("retry-after", 5))))
