@@ -36,7 +36,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         "description": "The engine is loading, stopped or full; Retry-After says when to come.",
     },
 }
-EVENTS: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {
+    "type": "object",
+    "description": "One event of the stream; `data` holds JSON, or `[DONE]` at the end of a chat.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+EVENTS: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
 # Read by `serving.bodies`, as JSON or as a form, so that FastAPI does not know of them.
 READ_BY_US: dict[str, type[BaseModel]] = {
     "/v1/captions": CaptionsRequest,
