@@ -44,7 +44,7 @@ def judged(gateway: httpx.Client, phases: str, examples: int, folder: Path) -> s
     That one wants everything accepted that the schema allows, and no schema can say what a picture shows, what the
     engine makes of a form, or how long a prompt is for the model.
     """
-    words = [SCHEMATHESIS, "run", f"{gateway.base_url}/openapi.json", "--phases", phases]
+    words: list[str | Path] = [SCHEMATHESIS, "run", f"{gateway.base_url}/openapi.json", "--phases", phases]
     words += ["--exclude-checks", "positive_data_acceptance", "--max-examples", str(examples), "--mode", "all"]
     words += ["--request-timeout", "120", "--seed", "1", "--generation-deterministic", "--no-color"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
@@ -91,7 +91,11 @@ def test_a_form_as_the_document_says(document: dict[str, Any], joey_gateway: htt
     assert form["properties"]["pictures"]["items"] == {"type": "string", "format": "binary"}
     content = base64.b64decode(PICTURE.partition(",")[2])
     # A data URL in a field of its own may stand beside uploaded files.
-    fields = [("pictures", ("red.png", content)), ("pictures", (None, PICTURE)), ("style", (None, "alt_text"))]
+    fields: list[tuple[str, Any]] = [
+        ("pictures", ("red.png", content)),
+        ("pictures", (None, PICTURE)),
+        ("style", (None, "alt_text")),
+    ]
     answer = joey_gateway.post("/v1/captions", files=fields)
     assert answer.status_code == 200, answer.text
     uploaded, sent = answer.json()["data"]
