@@ -9,7 +9,6 @@ REFUSED = {
     "host": "vLLM listens to the gateway alone",
     "port": "the gateway chooses it",
     "uds": "the gateway reaches it by a port",
-    "fd": "the gateway reaches it by a port",
     "root-path": "the gateway knows where it is",
     "api-key": "each start has a key of its own",
     "ssl-keyfile": "vLLM listens on this machine alone",

@@ -22,7 +22,7 @@ MAY_IMPORT = {"assistant": set[str](), "training": {"assistant"}, "serving": {"a
 
 @dataclass(frozen=True)
 class Import:
-    """One import: the top-level name, the line, and whether it waits until a function is called."""
+    """One import: the top-level name, the line, and whether it waits for a function to be called or for a type checker."""
 
     name: str
     line: int
@@ -39,7 +39,13 @@ def _imports_below(node: ast.AST, late: bool) -> Iterator[Import]:
         for name in _imported_names(child):
             yield Import(name.partition(".")[0], getattr(child, "lineno", 0), late)
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from _imports_below(child, late or is_function)
+        yield from _imports_below(child, late or is_function or _is_for_type_checkers(child))
+
+
+def _is_for_type_checkers(node: ast.AST) -> bool:
+    """Whether `node` is an `if TYPE_CHECKING:` with nothing else: what it imports is never imported by a program."""
+    is_asked = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return is_asked and not node.orelse
 
 
 def _imported_names(node: ast.AST) -> list[str]:
@@ -129,6 +135,7 @@ def test_an_import_against_the_rules_is_found(path: str, source: str) -> None:
     [
         ("ui/command_line.py", "def train():\n    from training import recipe"),
         ("ui/commands/teaching.py", "def tune():\n    from training import recipe"),
+        ("ui/commands/serving.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import serving.doors"),
         ("ui/browser/chat.py", "from assistant.images import open_picture"),
         ("serving/gateway.py", "from serving.routes import chat\nfrom . import routes"),
         ("training/trainer.py", "import assistant.towers\nimport training_extras"),
