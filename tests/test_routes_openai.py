@@ -244,6 +244,8 @@ def test_forms_are_bounded(fields: Any, message: str, api: openai.OpenAI) -> Non
         ({"stop_token_ids": [-1]}, "greater than or equal to 0", "stop_token_ids.0"),
         ({"allowed_token_ids": []}, "at least 1", "allowed_token_ids"),
         ({"allowed_token_ids": [10**9]}, ".", None),
+        ({"allowed_token_ids": [5], "response_format": {"type": "json_object"}}, "do not go with", None),
+        ({"allowed_token_ids": [5], "structured_outputs": {"regex": "a"}}, "do not go with", None),
         ({"min_tokens": 33}, "larger than max_tokens", None),
         ({"min_tokens": -1}, "greater than or equal to 0", "min_tokens"),
     ],

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from serving.protocols.common import MOST_MESSAGES, Message, Part, Text, check_length
-from serving.protocols.structured import ResponseFormat, StructuredOutputs
+from serving.protocols.structured import ResponseFormat, StructuredOutputs, TextFormat
 
 # Clients send these along; they change nothing here and stay here.
 KEPT_HERE = frozenset(
@@ -100,7 +100,15 @@ class ChatRequest(Part):
             raise ValueError("min_tokens is larger than max_tokens")
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("give response_format or structured_outputs, not both")
+        if self.allowed_token_ids is not None and self.has_form():
+            # No token may be both allowed and of the form, and vLLM 0.32 fails then.
+            raise ValueError("allowed_token_ids do not go with response_format or structured_outputs")
         return self
+
+    def has_form(self) -> bool:
+        """Whether the answer is held to a form."""
+        is_form = self.response_format is not None and not isinstance(self.response_format, TextFormat)
+        return is_form or self.structured_outputs is not None
 
     def sampling(self) -> dict[str, Any]:
         """The fields that pass to the engine as they are."""
