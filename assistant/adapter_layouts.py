@@ -181,7 +181,7 @@ def _in_full(
     }
     keys = {name: get_pattern_key(list(alphas), _older(name, layout)) for name in found}
     config.alpha_pattern = {name: alphas.get(key, config.lora_alpha) for name, key in keys.items()}
-    config.target_modules = set(found)
+    config.target_modules = set(found)  # type: ignore[assignment]  # as peft itself keeps them
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if config.modules_to_save:
         config.modules_to_save = [_newer(name) for name in config.modules_to_save]

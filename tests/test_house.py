@@ -22,7 +22,7 @@ MAY_IMPORT = {"assistant": set[str](), "training": {"assistant"}, "serving": {"a
 
 @dataclass(frozen=True)
 class Import:
-    """One import: the top-level name, the line, and whether it waits for a function to be called or for a type checker."""
+    """One import: the top-level name, the line, and whether it waits for a function's call or a type checker."""
 
     name: str
     line: int
@@ -44,8 +44,9 @@ def _imports_below(node: ast.AST, late: bool) -> Iterator[Import]:
 
 def _is_for_type_checkers(node: ast.AST) -> bool:
     """Whether `node` is an `if TYPE_CHECKING:` with nothing else: what it imports is never imported by a program."""
-    is_asked = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-    return is_asked and not node.orelse
+    if not isinstance(node, ast.If) or not isinstance(node.test, ast.Name):
+        return False
+    return node.test.id == "TYPE_CHECKING" and not node.orelse
 
 
 def _imported_names(node: ast.AST) -> list[str]:

@@ -103,7 +103,8 @@ def _answer(fields: Mapping[str, Any], name: str) -> str:
         said = said[-1].get("content")
         if isinstance(said, Sequence) and not isinstance(said, str):
             texts = [part.get("text") if isinstance(part, Mapping) else part for part in said]
-            said = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+            written = [text for text in texts if isinstance(text, str)]
+            said = "".join(written) if len(written) == len(texts) else None
     if isinstance(said, int | float) and not isinstance(said, bool):
         said = str(said)
     if not isinstance(said, str) or not said.strip():
