@@ -163,7 +163,7 @@ class LocalEngine:
         self._command = [*vllm_command(self.facts, model_name, self._port, dtype, most_pictures), *more_arguments]
         self._environment = vllm_environment(self.api_key, most_pixels)
         self._supervisor: subprocess.Popen[bytes] | None = None
-        self._has_answered = False
+        self.has_answered = False  # whether anybody has ever seen it ready
         self._is_stopped = False
 
     def start(self) -> None:
@@ -203,8 +203,8 @@ class LocalEngine:
         code = self._supervisor.poll()
         if code is not None:
             return EngineState(Phase.DEAD, death_reason(code, self.log()))
-        self._has_answered = self._has_answered or answers(self.base_url)
-        if self._has_answered:
+        self.has_answered = self.has_answered or answers(self.base_url)
+        if self.has_answered:
             return EngineState(Phase.READY, "ready")
         return EngineState(Phase.LOADING, loading_stage(self.log()))
 

@@ -40,6 +40,7 @@ class RestartingEngine:
         self._was_ready = False
         self._deaths = 0  # without a steady life in between
         self._resting: EngineState | None = None  # what `state` says while no engine runs
+        self._noticed = threading.Event()  # set as soon as that is known
         self._ending = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="engine watcher", daemon=True)
         self.restarts = 0
@@ -54,7 +55,14 @@ class RestartingEngine:
 
     def state(self) -> EngineState:
         """As of a `LocalEngine`; an engine that is to start again is loading, with the reason of its death told."""
-        return self._resting or self._engine.state()
+        if (resting := self._resting) is not None:
+            return resting
+        state = self._engine.state()
+        if state.phase is not Phase.DEAD:
+            return state
+        # The watcher has not looked yet, and it alone knows whether another one follows.
+        self._noticed.wait(2 * SECONDS_BETWEEN_LOOKS)
+        return self._resting or EngineState(Phase.LOADING, f"it ended ({state.reason})")
 
     def log_tail(self) -> str:
         return self._engine.log_tail()
@@ -76,8 +84,9 @@ class RestartingEngine:
             state = self._engine.state()
             if state.phase is Phase.READY:
                 ready_since = ready_since or time.monotonic()
-                self._was_ready = True
             elif state.phase is Phase.DEAD:
+                # The engine's own word: it may have been ready, and dead, between two looks.
+                self._was_ready = self._was_ready or self._engine.has_answered
                 steady = ready_since is not None and time.monotonic() - ready_since >= self._steady_seconds
                 self._deaths = 1 if steady else self._deaths + 1
                 ready_since = None
@@ -88,12 +97,12 @@ class RestartingEngine:
         """Wait and start another engine; False when there will be none."""
         if not self._was_ready or self._deaths >= self._most_deaths:
             times = "" if self._deaths == 1 else f" {self._deaths} times in a row, the last time"
-            self._resting = EngineState(Phase.DEAD, f"it ended{times}: {reason}" if times else reason)
-            log.error("The engine is given up: %s", self._resting.reason)
+            self._rest(EngineState(Phase.DEAD, f"it ended{times}: {reason}" if times else reason))
+            log.error("The engine is given up: %s", self.state().reason)
             return False
         first, longest = self._waits
         seconds = min(longest, first * 2 ** (self._deaths - 1))
-        self._resting = EngineState(Phase.LOADING, f"it ended ({reason}) and starts again in {seconds:g} s")
+        self._rest(EngineState(Phase.LOADING, f"it ended ({reason}) and starts again in {seconds:g} s"))
         log.error("The engine ended: %s. It starts again in %g s.", reason, seconds)
         if self._ending.wait(seconds):
             return False
@@ -101,15 +110,20 @@ class RestartingEngine:
         try:
             engine = self._new_engine()
         except (EngineError, ModelError) as error:
-            self._resting = EngineState(Phase.DEAD, f"it ended ({reason}) and cannot start again: {error}")
-            log.error("The engine is given up: %s", self._resting.reason)
+            self._rest(EngineState(Phase.DEAD, f"it ended ({reason}) and cannot start again: {error}"))
+            log.error("The engine is given up: %s", self.state().reason)
             return False
         self._remove_log()
         self._engine = engine
         self._engine.start()
         self.restarts += 1
+        self._noticed.clear()
         self._resting = None
         return True
+
+    def _rest(self, state: EngineState) -> None:
+        self._resting = state
+        self._noticed.set()
 
     def _remove_log(self) -> None:
         """The old engine's log, but not that of the person who named one."""

@@ -74,6 +74,15 @@ def test_a_dead_engine_is_started_again_at_a_new_address_with_a_new_key() -> Non
     assert living([each for each in members if each is not None]) == []
 
 
+def test_it_waits_longer_each_time_and_gives_up(caplog: pytest.LogCaptureFixture) -> None:
+    with RestartingEngine(lives(6, 0), first_wait=0.2, most_deaths=4) as engine:
+        wait_until(lambda: engine.state().phase is Phase.DEAD, 120, "given up")
+        assert engine.restarts == 3
+    told = [record.args for record in caplog.records if "starts again" in record.msg]
+    waits = [arguments[1] for arguments in told if isinstance(arguments, tuple)]
+    assert waits == [0.2, 0.4, 0.8]
+
+
 def test_the_reason_of_giving_up_is_told() -> None:
     with RestartingEngine(lives(6, 0), first_wait=0.1, most_deaths=2) as engine:
         wait_until(lambda: engine.state().phase is Phase.DEAD, 60, "given up")
