@@ -332,7 +332,7 @@ def test_until_the_engine_is_ready_the_page_says_so_and_keeps_the_question(
         expect(answers(page).last).to_contain_text("The engine is not ready yet", timeout=10_000)
         expect(questions(page).last).to_have_text("Are you there?")
         # The same page answers once the engine does.
-        waiting.base_url = engine.base_url
+        waiting.api_key, waiting.base_url = engine.api_key, engine.base_url
         expect(page.locator("#status .ready")).to_be_visible(timeout=10_000)
         expect(page.locator("#chat [aria-label=Retry]")).to_be_visible()
 
