@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from assistant.images import PictureLimits
 from assistant.plain_text import PlainText
+from serving.adapters import AdapterPlaces, AdapterShelf
 from serving.chat_service import ChatService
 from serving.doors import Doors, hang_doors
 from serving.embedding_service import EmbeddingService
@@ -44,6 +45,7 @@ def create_gateway(
     limits: GatewayLimits = GatewayLimits(),
     doors: Doors | None = None,
     remote_hosts: RemoteHosts | None = None,
+    adapters: AdapterPlaces | None = None,
 ) -> FastAPI:
     """The API over `engine`. Pages may be mounted on the app that comes back; they use the API as any client does.
 
@@ -53,20 +55,25 @@ def create_gateway(
         facts: of the model's folder; its tokenizer says which words are special.
         doors: who may come in; everybody where nothing is said.
         remote_hosts: where pictures may be fetched; nowhere where nothing is said.
+        adapters: where adapters come from and stay; an engine that takes none is asked for none.
     """
     upstream = Upstream(engine)
+    shelf = AdapterShelf(engine, upstream, model_name, facts.folder, adapters or AdapterPlaces())
     doors = doors or Doors()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with shelf.running():
+            yield
         await upstream.close()
+        doors.quotas.keep()
 
     app = FastAPI(title="Kangaroo", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.chat_service = ChatService(
         engine=engine,
         upstream=upstream,
         model_name=model_name,
+        adapters=shelf,
         plain_text=PlainText(Tokenizer.from_file(str(facts.folder / "tokenizer.json")), facts.picture_token),
         most_pictures=limits.most_pictures,
         picture_limits=limits.picture,

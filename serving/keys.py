@@ -127,15 +127,25 @@ def _changing(file: Path) -> Iterator[list[Key]]:
             fcntl.flock(folder, fcntl.LOCK_EX)
             keys = read_keys(file) if file.exists() else []
             yield keys
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:  # made with mode 0600
-                partial.write(_Content(keys=keys).model_dump_json(indent=1) + "\n")
-                partial.flush()
-                os.fsync(partial.fileno())
-            Path(partial.name).replace(file)
+            write_whole(file, _Content(keys=keys).model_dump_json(indent=1) + "\n")
         finally:
             os.close(folder)
     except OSError as error:
         raise KeyFileError(f"{file} cannot be written: {error.strerror}.") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Put `text` in the place of `file`, all or nothing, for its owner alone to read. Raises OSError."""
+    partial = tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False)  # noqa: SIM115 - made with mode 0600
+    try:
+        with partial:
+            partial.write(text)
+            partial.flush()
+            os.fsync(partial.fileno())
+        Path(partial.name).replace(file)
+    except OSError:
+        Path(partial.name).unlink(missing_ok=True)
+        raise
 
 
 class KeyRing:

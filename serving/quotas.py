@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from serving.day_counts import Counts, DayCounts
 from serving.errors import ApiError
 from serving.keys import Key
 
@@ -27,13 +28,19 @@ class Quotas:
     """Counts in memory, in the one thread of the event loop: nothing waits between a look and its note.
 
     Requests, running ones and pictures are never exceeded, however many come at once. Tokens are known when an answer
-    ends, so a request that began below the limit is answered to its end. A restart of the server starts the day anew.
+    ends, so a request that began below the limit is answered to its end. What was used today outlives the server where
+    a file for it is given.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives seconds since 1970 in UTC."""
+    def __init__(self, clock: Callable[[], float] = time.time, kept: DayCounts | None = None) -> None:
+        """`clock` gives seconds since 1970 in UTC. Raises KeyFileError where the file in `kept` cannot be read."""
         self._clock = clock
-        self._usage: dict[str, Usage] = {}
+        self._kept = kept
+        today = self._today()
+        counts = kept.read(today) if kept is not None else {}
+        self._usage = {
+            name: Usage(day=today, tokens=used.tokens, pictures=used.pictures) for name, used in counts.items()
+        }
 
     def enter(self, key: Key) -> None:
         """Count a request that begins. Raises ApiError (429, when to come back) where the key has used all it may."""
@@ -58,10 +65,25 @@ class Quotas:
         if limit is not None and usage.pictures + count > limit:
             raise _refused(f"This key may send {limit:,} pictures a day.", self._rest_of_day())
         usage.pictures += count
+        self._keep_when_due(key)
 
     def add_tokens(self, key: Key, count: int) -> None:
         """Count tokens that were read and written for the key."""
         self._now(key).tokens += count
+        self._keep_when_due(key)
+
+    def keep(self) -> None:
+        """Write down what was used today, so that the next server begins with it."""
+        if self._kept is not None:
+            today = self._today()
+            used = {name: usage for name, usage in self._usage.items() if usage.day == today}
+            counts = {name: Counts(tokens=each.tokens, pictures=each.pictures) for name, each in used.items()}
+            self._kept.write(today, counts)
+
+    def _keep_when_due(self, key: Key) -> None:
+        has_day = key.limits.tokens_a_day is not None or key.limits.pictures_a_day is not None
+        if has_day and self._kept is not None and self._kept.is_due():
+            self.keep()
 
     def headers(self, key: Key) -> dict[str, str]:
         """OpenAI's x-ratelimit headers, for the limits that the key has."""
@@ -87,9 +109,12 @@ class Quotas:
         now = self._clock()
         while usage.began and usage.began[0] <= now - MINUTE:
             usage.began.popleft()
-        if usage.day != (today := int(now // DAY)):
+        if usage.day != (today := self._today()):
             usage.day, usage.tokens, usage.pictures = today, 0, 0
         return usage
+
+    def _today(self) -> int:
+        return int(self._clock() // DAY)
 
     def _wait(self, usage: Usage) -> int:
         """Seconds until the oldest request of this minute is over."""

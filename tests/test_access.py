@@ -16,8 +16,10 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+import serving.day_counts
 import serving.keys
 from assistant.models import find_model
+from serving.day_counts import DayCounts, file_of_counts
 from serving.doors import Doors
 from serving.engine import EngineState, Phase
 from serving.errors import ApiError
@@ -253,6 +255,58 @@ def test_a_day_s_tokens_and_pictures_come_back_with_the_next_day() -> None:
     clock.now += 400
     quotas.enter(key)
     quotas.take_pictures(key, 3)
+
+
+def test_a_restart_gives_nobody_a_second_day(
+    tmp_path: Path, facts: ModelFacts, engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does being killed, but for the last seconds; what was counted on another day is no more."""
+    monkeypatch.setattr(serving.day_counts, "SECONDS_BETWEEN_WRITES", 3600.0)
+    file, clock = tmp_path / "keys.json", Clock()
+    key = new_key(file, "ann", KeyLimits(tokens_a_day=10_000, pictures_a_day=5))
+    kept = file_of_counts(file)
+
+    def doors() -> Doors:
+        return Doors(keys=KeyRing(file), quotas=Quotas(clock, DayCounts(kept)))
+
+    with client_of(facts, engine, doors()) as client:
+        for _ in range(2):
+            assert client.post(PATH, json=chat(picture_question()), headers=bearer(key)).status_code == 200
+        was_killed = kept.read_bytes()
+    kept_in_order = kept.read_bytes()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    for content, pictures_left, tokens_left in ((was_killed, 4, 10_000), (kept_in_order, 3, 9_980)):
+        kept.write_bytes(content)
+        with client_of(facts, engine, doors()) as client:
+            answer = client.post(PATH, json=chat(), headers=bearer(key))
+            assert answer.headers["x-ratelimit-remaining-pictures"] == str(pictures_left)
+            assert answer.headers["x-ratelimit-remaining-tokens"] == str(tokens_left)
+    clock.now += 86_400
+    with client_of(facts, engine, doors()) as client:
+        answer = client.post(PATH, json=chat(), headers=bearer(key))
+        assert answer.headers["x-ratelimit-remaining-pictures"] == "5"
+        assert answer.headers["x-ratelimit-remaining-tokens"] == "10000"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"day": 0, "keys": {"ann": {"tokens": -5}}}', b"\xff"])
+def test_a_damaged_file_of_counts_is_named_and_nobody_is_let_in(content: bytes, tmp_path: Path) -> None:
+    kept = tmp_path / "counts.json"
+    kept.write_bytes(content)
+    with pytest.raises(KeyFileError, match=r"counts\.json is damaged; remove it"):
+        Quotas(kept=DayCounts(kept))
+
+
+def test_counting_goes_on_where_the_file_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quotas = Quotas(Clock(), DayCounts(tmp_path / "no such folder" / "counts.json"))
+    key = key_with(tokens_a_day=10)
+    for _ in range(2):
+        quotas.enter(key)
+        quotas.add_tokens(key, 5)
+        quotas.keep()
+    assert [record.message for record in caplog.records if "cannot be written: No such file" in record.message] != []
+    assert len(caplog.records) == 1, "it is told once"
+    with pytest.raises(ApiError, match="tokens of today"):
+        quotas.enter(key)
 
 
 def test_limits_hold_when_many_ask_at_once(tmp_path: Path, facts: ModelFacts) -> None:

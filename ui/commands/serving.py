@@ -200,15 +200,18 @@ def engine_of(options: Options, folder: Path, name: str) -> "AbstractContextMana
 
 def doors_of(options: Options) -> "Doors":
     """Who may come in. Raises KeyFileError and OriginError where the options cannot be used."""
+    from serving.day_counts import DayCounts, file_of_counts
     from serving.doors import Doors
     from serving.keys import KeyRing, default_key_file
     from serving.origins import checked_origin
+    from serving.quotas import Quotas
 
     # A file that is named must be there; the usual one asks for keys once it is.
     file = options.keys or default_key_file()
     keys = KeyRing(file) if options.keys is not None or file.exists() else None
     origins = tuple(checked_origin(origin) for origin in options.origins or ())
-    return Doors(keys=keys, origins=origins, names=(options.host,), log_content=options.log_content)
+    quotas = Quotas(kept=DayCounts(file_of_counts(file)) if keys is not None else None)
+    return Doors(keys=keys, quotas=quotas, origins=origins, names=(options.host,), log_content=options.log_content)
 
 
 def remote_hosts_of(options: Options) -> "RemoteHosts | None":
