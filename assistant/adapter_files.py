@@ -1,6 +1,5 @@
 """Read, write and merge LoRA adapters in peft's published layout, each tied to the very base it was trained on."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import LlavaProcessor
 
 from assistant.adapter_layouts import ADAPTER_CONFIG, PREFIX, read_adapter
 from assistant.checkpoint import load_llava, save_llava
-from assistant.hashing import file_hash
+from assistant.hashing import weights_hash as weights_hash
 from assistant.models import ModelError, find_model, read_json
 from assistant.projectors import Llava
 
@@ -25,12 +24,6 @@ PROVENANCE = "provenance.json"
 LANGUAGE_LAYERS = "model.language_model.layers."  # where an adapter may stand, and where vLLM serves it
 NAME_IN_MODEL = ".default"  # peft's name of the one adapter, which stands in a model's names and not in the file
 HIGHEST_RANK = 512  # of an adapter that vLLM serves beside its base
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the weights of the model in `folder`: of its one file, or of the hashes of its files in order."""
-    hashes = [file_hash(file) for file in sorted(folder.glob("model*.safetensors"))]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def save_adapter(
@@ -84,7 +77,7 @@ def load_adapted(
     folder = base_of(adapter, base)
     check_base(adapter, folder)
     model, processor = load_llava(folder, dtype, **arguments)
-    return _with_adapter(model, adapter), processor
+    return with_adapter(model, adapter), processor
 
 
 def base_of(adapter: Path, base: Path | None = None) -> Path:
@@ -160,13 +153,15 @@ def _beside_language_layers(names: Iterable[str]) -> str | None:
     )
 
 
-def _with_adapter(model: Llava, adapter: Path) -> PeftModel:
+def with_adapter(model: Llava, adapter: Path) -> PeftModel:
     """`model` with the adapter of that folder on it. Raises ModelError where it does not fit, see `read_adapter`."""
     config, named = read_adapter(adapter, model)
     weights = {PREFIX + name: value for name, value in named.items()}
     try:
         adapted = PeftModel(model, config)
-        result: Any = set_peft_model_state_dict(adapted, weights)
+        # A model without weights gets those of the adapter as they are: there is no memory to copy them to.
+        as_they_are = model.device.type == "meta"
+        result: Any = set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=as_they_are)
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{adapter}: the adapter does not load onto its base: {reason}") from error

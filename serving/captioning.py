@@ -27,6 +27,7 @@ class Question:
 
 
 async def ask_each(
+    model: str,
     question: Question,
     pictures: Sequence[str],
     names: Sequence[str | None],
@@ -34,7 +35,7 @@ async def ask_each(
     service: ChatService,
     note: Note,
 ) -> PictureTexts:
-    """What the model says of each of `pictures` (data URLs), in their order; one that fails does not stop the rest.
+    """What `model` says of each of `pictures` (data URLs), in their order; one that fails does not stop the rest.
 
     `finish` makes the text that is told of the model's.
     Raises ApiError where none could be looked at: the error of the first.
@@ -49,7 +50,7 @@ async def ask_each(
         async with slots:
             began = time.monotonic()
             try:
-                said = await _said_of(pictures[index], f"pictures.{index}", safe, service, note)
+                said = await _said_of(model, pictures[index], f"pictures.{index}", safe, service, note)
                 texts[index] = texts[index].model_copy(update=said | {"text": finish(said["text"])})
             except ApiError as error:
                 errors.append((index, error))
@@ -65,17 +66,17 @@ async def ask_each(
     usages = [text.usage for text in texts]
     totals = {name: sum(getattr(usage, name) for usage in usages) for name in Usage.model_fields}
     seconds = round(time.monotonic() - started, 4)
-    return PictureTexts(
-        model=service.model_name, data=texts, failed=len(errors), usage=Usage(**totals), seconds=seconds
-    )
+    return PictureTexts(model=model, data=texts, failed=len(errors), usage=Usage(**totals), seconds=seconds)
 
 
-async def _said_of(picture: str, param: str, question: Question, service: ChatService, note: Note) -> dict[str, Any]:
+async def _said_of(
+    model: str, picture: str, param: str, question: Question, service: ChatService, note: Note
+) -> dict[str, Any]:
     """Text, finish reason and usage, as the fields of a `PictureText`."""
     source = (await fetched_pictures([picture], param, service.pictures)).get(picture, picture)
     url = await anyio.to_thread.run_sync(safe_picture, source, param, service.pictures, limiter=service.opening)
     content = [picture_part(url), {"type": "text", "text": question.text}]
-    body: dict[str, Any] = {"model": service.model_name, "messages": [{"role": "user", "content": content}]}
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}]}
     body |= {"max_tokens": question.max_tokens, "temperature": question.temperature}
     answer = await service.upstream.ask(CHAT, body, note)
     choice = answer["choices"][0]

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from assistant.images import PictureError, PictureLimits
 from assistant.plain_text import PlainText, SpecialTextError
+from serving.adapters import AdapterShelf
 from serving.engine import Engine, Phase
 from serving.errors import ApiError
 from serving.notes import Note
@@ -17,6 +18,7 @@ from serving.protocols.common import Message, PicturePart, TextPart
 from serving.upstream import Upstream
 
 SECONDS_TO_TRY_AGAIN = 5
+MOST_NAMES = 10  # of adapters, in an error
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class ChatService:
     engine: Engine
     upstream: Upstream
     model_name: str
+    adapters: AdapterShelf
     plain_text: PlainText
     most_pictures: int
     picture_limits: PictureLimits
@@ -42,11 +45,18 @@ def chat_service(request: Request) -> ChatService:
     return service
 
 
-def check_model(name: str | None, service: ChatService) -> None:
-    """Raises ApiError for any name but that of the one model here; None asks for that one."""
-    if name is not None and name != service.model_name:
-        message = f"The model `{name}` does not exist; this server has `{service.model_name}`."
-        raise ApiError(404, message, param="model", code="model_not_found")
+def check_model(name: str | None, service: ChatService, note: Note) -> str:
+    """The model that is asked for: the base, which None asks for too, or an adapter on it.
+
+    Raises ApiError for any other name, and for those that this key must not see.
+    """
+    if name is None or name == service.model_name or service.adapters.find(name, note.owner()):
+        return name or service.model_name
+    others = [adapter.name for adapter in service.adapters.list(note.owner())]
+    there = ", ".join(f"`{known}`" for known in (service.model_name, *others[-MOST_NAMES:]))
+    raise ApiError(
+        404, f"The model `{name}` does not exist; this server has {there}.", param="model", code="model_not_found"
+    )
 
 
 def check_tokens(asked: int | None, param: str, service: ChatService) -> None:

@@ -30,6 +30,10 @@ class Note:
     sent_bytes: int = 0
     body: bytes | None = None
 
+    def owner(self) -> str | None:
+        """The name of the key, to which belongs what the request makes; None where no key is asked for."""
+        return self.key.name if self.key else None
+
     def take_pictures(self, count: int) -> None:
         """Count pictures before they are looked at. Raises ApiError (429) where the key may send no more today."""
         if self.charge_pictures is not None:

@@ -25,6 +25,10 @@ class EngineGone(RuntimeError):
     """The engine did not answer."""
 
 
+class EngineRefusal(RuntimeError):
+    """The engine answered no; the message is its own."""
+
+
 class Upstream:
     """One pool of connections to the engine, for all requests.
 
@@ -54,6 +58,23 @@ class Upstream:
         except httpx.HTTPError as error:
             raise EngineGone(f"The engine does not answer {path}.") from error
         return answer.content
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What the engine says that it serves. Raises EngineGone where it does not answer well."""
+        try:
+            return list(json.loads(await self.get("/v1/models"))["data"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineGone("The engine does not list its models.") from error
+
+    async def tell(self, path: str, body: dict[str, Any]) -> None:
+        """Have the engine do something that no client asked for. Raises EngineGone and EngineRefusal."""
+        try:
+            answer = await self._client.send(self._request("POST", path, body))
+        except httpx.TransportError as error:
+            raise EngineGone(f"The engine does not answer {path}.") from error
+        if answer.status_code != 200:
+            said = (_error_in(answer) or {}).get("message")
+            raise EngineRefusal(str(said or f"the engine answers {answer.status_code}"))
 
     async def post(self, request: Request, path: str, body: dict[str, Any]) -> Response:
         """Send `body` to the engine and relay what comes back, streamed when the engine streams it."""
@@ -148,13 +169,16 @@ async def _relay(answer: httpx.Response, note: Note, wants_usage: bool) -> Async
 
 async def _whole_events(answer: httpx.Response) -> AsyncIterator[bytes]:
     """What came, cut at the ends of events (an empty line)."""
-    rest = b""
+    rest = bytearray()
     async for chunk in answer.aiter_bytes():
-        whole, end, rest = (rest + chunk).rpartition(b"\n\n")
-        if end:
-            yield whole + end
+        looked_at = max(0, len(rest) - 1)  # an event of many megabytes is searched once, not with each of its chunks
+        rest += chunk
+        end = rest.rfind(b"\n\n", looked_at)
+        if end >= 0:
+            yield bytes(rest[: end + 2])
+            del rest[: end + 2]
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 def _without_usage(events: bytes, wanted: bool) -> tuple[bytes, dict[str, Any]]:
@@ -175,11 +199,17 @@ def _relayed_error(answer: httpx.Response) -> Response:
     """vLLM's refusal with its own words; its failures without, for they may quote paths and traces."""
     if answer.status_code >= 500:
         return error_response(503, "The engine failed on this request.", headers=TRY_AGAIN)
+    error = _error_in(answer)
+    if error is None:
+        return error_response(answer.status_code, "The engine refused this request.")
+    return error_response(answer.status_code, str(error.get("message", "")), error.get("param"))
+
+
+def _error_in(answer: httpx.Response) -> dict[str, Any] | None:
+    """The error object in an answer of vLLM, where there is one."""
     try:
         content = answer.json()
     except ValueError:
-        content = None
+        return None
     error = content.get("error") if isinstance(content, dict) else None
-    if not isinstance(error, dict):
-        return error_response(answer.status_code, "The engine refused this request.")
-    return error_response(answer.status_code, str(error.get("message", "")), error.get("param"))
+    return error if isinstance(error, dict) else None

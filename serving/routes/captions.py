@@ -46,18 +46,19 @@ async def _texts(
     finish: Callable[[str], str],
     service: ChatService,
 ) -> Response:
-    check_model(body.model, service)
-    check_tokens(body.max_tokens, "max_tokens", service)
     note = note_of(request)
+    model = check_model(body.model, service, note)
+    check_tokens(body.max_tokens, "max_tokens", service)
     note.take_pictures(len(body.pictures))
     await check_engine(service.engine)
+    await service.adapters.hold(model)
     usual = question.max_tokens
     if service.context_length is not None:
         usual = min(usual, service.context_length // 2)  # the other half is for the picture and the question
     asked = replace(question, max_tokens=body.max_tokens or usual)
 
     async def answer() -> Response:
-        texts = await ask_each(asked, body.pictures, names, finish, service, note)
+        texts = await ask_each(model, asked, body.pictures, names, finish, service, note)
         return Response(texts.model_dump_json(), media_type="application/json")
 
     return await unless_gone(request, answer)

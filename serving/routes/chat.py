@@ -27,10 +27,11 @@ async def chat_completions(
     body: ChatRequest, request: Request, service: Annotated[ChatService, Depends(chat_service)]
 ) -> Response:
     """Answer a conversation about pictures. Streams server-sent events when `stream` is true."""
-    check_model(body.model, service)
+    model = check_model(body.model, service, note_of(request))
     check_tokens(body.max_tokens, "max_tokens", service)
     check_tokens(body.max_completion_tokens, "max_completion_tokens", service)
     check_pictures(body.messages, "messages", service, note_of(request))
     await check_engine(service.engine)
+    await service.adapters.hold(model)
     upstream_body = body.sampling() | {"messages": await safe_messages(body.messages, service)}
     return await service.upstream.post(request, "/v1/chat/completions", upstream_body)

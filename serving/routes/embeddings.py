@@ -20,8 +20,8 @@ Embedding = Annotated[EmbeddingService, Depends(embedding_service)]
 @router.post("/v1/embeddings", responses=ERRORS)
 async def embed(body: EmbeddingsRequest, request: Request, chat: Chat, service: Embedding) -> Embeddings:
     """Embed texts and pictures as points of unit length in one space: what belongs together lies close."""
-    check_model(body.model, chat)
     note = note_of(request)
+    check_model(body.model, chat, note)
     note.take_pictures(body.pictures())
     answer = await service.run(lambda embedder: embeddings(embedder, body, chat.picture_limits))
     note.take_usage(answer.usage.model_dump())
@@ -32,7 +32,7 @@ async def embed(body: EmbeddingsRequest, request: Request, chat: Chat, service: 
 async def classify(request: Request, chat: Chat, service: Embedding) -> Classifications:
     """Say which of your labels fits each picture best; nothing has to be trained for them."""
     body, names = await read_body(request, ClassificationsRequest, files="pictures")
-    check_model(body.model, chat)
+    check_model(body.model, chat, note_of(request))
     note_of(request).take_pictures(len(body.pictures))
     limits = chat.picture_limits
     return await service.run(lambda embedder: classifications(embedder, body, names, chat.model_name, limits))

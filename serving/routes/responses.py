@@ -30,11 +30,12 @@ async def responses(
     body: ResponsesRequest, request: Request, service: Annotated[ChatService, Depends(chat_service)]
 ) -> Response:
     """Answer a conversation about pictures as a response object, or as its events when `stream` is true."""
-    check_model(body.model, service)
+    model = check_model(body.model, service, note_of(request))
     check_tokens(body.max_output_tokens, "max_output_tokens", service)
     messages = body.conversation_so_far()
     check_pictures(messages, "input", service, note_of(request))
     await check_engine(service.engine)
+    await service.adapters.hold(model)
     items = [_as_item(message) for message in await safe_messages(messages, service)]
     answer = await service.upstream.post(request, PATH, body.sampling() | {"input": items, "store": False})
     if answer.status_code == 404:
