@@ -55,8 +55,8 @@ def write_servable(adapter: Path, base: Path, target: Path) -> ServableAdapter:
     save_file(weights, target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     if (adapter / PROVENANCE).is_file():
         shutil.copyfile(adapter / PROVENANCE, target / PROVENANCE)
-    ranks = config.rank_pattern.values()
-    return ServableAdapter(modules=len(config.rank_pattern), rank=max(ranks), warning=unproven_base(adapter))
+    ranks = [value.shape[0] for name, value in named.items() if ".lora_A." in name]
+    return ServableAdapter(modules=len(ranks), rank=max(ranks), warning=unproven_base(adapter))
 
 
 def without_weights(folder: Path) -> Llava:

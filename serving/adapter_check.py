@@ -13,7 +13,7 @@ from subprocess import CalledProcessError
 import anyio
 
 SECONDS_TO_CHECK = 600.0
-NICENESS = 15  # whoever waits for an answer goes first
+NICENESS = 5  # whoever waits for an answer goes first
 
 
 class AdapterRefused(ValueError):

@@ -33,6 +33,10 @@ STAGES = (
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
+# Adapters that vLLM computes with at once, the highest rank of one, and how many it keeps in memory. The first two are
+# memory: so many times the rank is held for every layer, used or not.
+ADAPTERS_AT_ONCE, HIGHEST_ADAPTER_RANK, ADAPTERS_IN_MEMORY = 4, 64, 32
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -131,6 +135,7 @@ class LocalEngine:
         most_pictures: pictures in one request.
         most_pixels: pixels in one picture; vLLM's own limit of 179 million is no limit.
         log_path: where vLLM's output goes; a new temporary file by default.
+        takes_adapters: whether adapters can be loaded while it runs, which costs memory, and speed where one is asked.
         more_arguments: further flags for vLLM (`serving.engine_arguments` says which are none).
 
     Raises:
@@ -149,6 +154,7 @@ class LocalEngine:
         most_pictures: int = 8,
         most_pixels: int = 20_000_000,
         log_path: Path | None = None,
+        takes_adapters: bool = False,
         more_arguments: Sequence[str] = (),
     ) -> None:
         check_vllm_is_installed()
@@ -160,8 +166,13 @@ class LocalEngine:
         self.api_key: str | None = secrets.token_urlsafe(32)
         self._port = free_port()
         self.base_url = f"http://127.0.0.1:{self._port}"
-        self._command = [*vllm_command(self.facts, model_name, self._port, dtype, most_pictures), *more_arguments]
+        self._command = vllm_command(self.facts, model_name, self._port, dtype, most_pictures)
         self._environment = vllm_environment(self.api_key, most_pixels)
+        if takes_adapters:
+            self._command += adapter_flags()
+            # vLLM warns of it: whoever reaches the port could load what they like. Here they would need the key.
+            self._environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        self._command += more_arguments
         self._supervisor: subprocess.Popen[bytes] | None = None
         self.has_answered = False  # whether anybody has ever seen it ready
         self._is_stopped = False
@@ -251,6 +262,12 @@ def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, mo
         # Compiling takes 27 s of a start (26.7 against 0.9 s for two layers) and gains small models nothing on a CPU.
         command += ["--enforce-eager"]
     return command
+
+
+def adapter_flags() -> list[str]:
+    """The flags with which vLLM serves adapters; a later flag of the same name wins."""
+    flags = ["--enable-lora", "--max-loras", str(ADAPTERS_AT_ONCE), "--max-lora-rank", str(HIGHEST_ADAPTER_RANK)]
+    return [*flags, "--max-cpu-loras", str(ADAPTERS_IN_MEMORY)]
 
 
 def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:

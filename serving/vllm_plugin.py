@@ -1,4 +1,4 @@
-"""What we mend in vLLM from the inside: its processes ask Linux for the CPU's matrix unit before they use it."""
+"""What we mend in vLLM from the inside: how its processes ask for the CPU's matrix unit, and compute adapters there."""
 
 import torch
 
@@ -12,3 +12,13 @@ def ask_for_matrix_unit() -> None:
     A new program starts without the permission, so it cannot be had for vLLM from outside.
     """
     torch.cpu._init_amx()
+    _mend_adapters()
+
+
+def _mend_adapters() -> None:
+    """Have vLLM compute adapters on CPUs as `serving.cpu_adapters` does, which says why."""
+    # Late: only vLLM's own processes import vLLM.
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: "serving.cpu_adapters.AdapterRows")

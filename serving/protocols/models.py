@@ -1,8 +1,8 @@
 """What the list of models says."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class Model(BaseModel):
@@ -12,6 +12,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "kangaroo"
+    parent: Annotated[str | None, Field(description="The base, where this is an adapter on it.")] = None
 
 
 class ModelList(BaseModel):
@@ -19,3 +20,11 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class DeletedModel(BaseModel):
+    """The answer to a request that an adapter be served no longer."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
