@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens whose logits are alive at once: a GPU wants more work at a time; a CPU is nearly as quick with few (bench_tuning).
+# Tokens whose logits are alive at once: a GPU wants more work at a time, a CPU is nearly as quick with few.
 CHUNK, CHUNK_OF_CPU = 1024, 128
 
 
