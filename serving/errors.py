@@ -79,17 +79,19 @@ def describe(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, st
     if deepest["type"] == "extra_forbidden":
         return f"Unrecognized request argument supplied: {param}", param
     message = deepest["msg"].removeprefix("Value error, ")
-    if param is None and not isinstance(body, dict):
+    if param is None and not isinstance(body, Mapping):
         return "The body must be a JSON object, sent with the header Content-Type: application/json.", None
     return (f"{param}: {message}" if param else message), param
 
 
 def _path(error: Mapping[str, Any], body: object) -> list[str | int]:
     """The steps of pydantic's path that are in the body: it also names members of unions, which help nobody."""
+    if error["loc"][:1] != ("body",):  # of the address: its names are the client's own
+        return list(error["loc"][1:])
     path: list[str | int] = []
     place = body
     for step in error["loc"][1:]:
-        if (isinstance(place, dict) and step in place) or (isinstance(place, list) and isinstance(step, int)):
+        if (isinstance(place, Mapping) and step in place) or (isinstance(place, list) and isinstance(step, int)):
             place = place[step]
             path.append(step)
     if error["type"] == "missing" and len(error["loc"]) > 1:

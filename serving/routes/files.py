@@ -1,0 +1,61 @@
+"""`/v1/files`: upload, list, look at, fetch and delete the files that models are taught with."""
+
+from typing import Annotated, Literal
+
+import anyio
+from fastapi import APIRouter, Depends, Form, Query
+from starlette.responses import FileResponse
+
+from serving.jobs.job_service import JobService, job_service, owner_of
+from serving.openapi import ERRORS
+from serving.protocols.files import FileDeleted, FileUpload, StoredFile, StoredFiles
+
+router = APIRouter()
+Service = Annotated[JobService, Depends(job_service)]
+Owner = Annotated[str | None, Depends(owner_of)]
+MOST_LISTED = 10_000
+LINES = "application/jsonl"
+CONTENT = {200: {"content": {LINES: {"schema": {"type": "string", "format": "binary"}}}}}
+
+
+@router.post("/v1/files", responses=ERRORS)
+async def upload(
+    form: Annotated[FileUpload, Form(media_type="multipart/form-data")], service: Service, owner: Owner
+) -> StoredFile:
+    """Keep a file of rows to teach with. That each line is one is checked here, what they say when a job is made."""
+    source = form.file
+    return await anyio.to_thread.run_sync(service.files.add_lessons, owner, source.filename, source.file)
+
+
+@router.get("/v1/files", responses=ERRORS)
+def files(
+    service: Service,
+    owner: Owner,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = MOST_LISTED,
+    order: Literal["asc", "desc"] = "desc",
+) -> StoredFiles:
+    """List your files, a page at a time."""
+    return service.files.page(owner, purpose, after, limit, newest_first=order == "desc")
+
+
+@router.get("/v1/files/{file_id}", responses=ERRORS)
+def one_file(file_id: str, service: Service, owner: Owner) -> StoredFile:
+    """Describe one of your files."""
+    return service.files.get(owner, file_id).file
+
+
+@router.get("/v1/files/{file_id}/content", responses=ERRORS | CONTENT, response_class=FileResponse)
+def content(file_id: str, service: Service, owner: Owner) -> FileResponse:
+    """Fetch what is in one of your files."""
+    file = service.files.get(owner, file_id).file
+    headers = {"X-Content-Type-Options": "nosniff"}
+    return FileResponse(service.files.path(file_id), media_type=LINES, filename=file.filename, headers=headers)
+
+
+@router.delete("/v1/files/{file_id}", responses=ERRORS)
+def delete(file_id: str, service: Service, owner: Owner) -> FileDeleted:
+    """Delete one of your files, unless a job still reads it."""
+    service.delete_file(owner, file_id)
+    return FileDeleted(id=file_id)
