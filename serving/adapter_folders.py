@@ -10,7 +10,7 @@ INSIDE_A_TUNED_MODEL = ("", "adapter", "model/adapter")  # `kangaroo tune` leave
 
 
 class FolderError(ValueError):
-    """No adapter of the server's; the message says why, and holds no path but the one that was asked for."""
+    """There is no adapter there; the message says why, and holds no path but the one that was asked for."""
 
 
 def adapter_in(folder: Path) -> Path | None:
@@ -41,8 +41,21 @@ def adapter_below(root: Path, asked: str) -> Path:
     return found
 
 
+def named_adapter(text: str) -> tuple[str, Path]:
+    """Name and folder out of NAME=FOLDER. Raises FolderError where it is not that, or the folder holds no adapter."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise FolderError(f"{text!r} names no adapter: write NAME=FOLDER")
+    found = adapter_in(Path(folder).expanduser())
+    if found is None:
+        raise FolderError(f"there is no adapter in {folder} (no {ADAPTER_CONFIG})")
+    return name, found.resolve()
+
+
 def adapters_below(root: Path) -> Iterator[tuple[str, Path]]:
-    """Name and folder of each adapter that lies directly in `root`, by name."""
+    """Name and folder of each adapter that lies directly in `root`, by name. Raises FolderError where it is none."""
+    if not root.is_dir():
+        raise FolderError(f"there is no folder {root}")
     for path in sorted(root.iterdir()):
         if path.is_dir() and not path.name.startswith(".") and (found := adapter_in(path)) is not None:
-            yield path.name, found
+            yield path.name, found.resolve()

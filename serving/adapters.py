@@ -25,8 +25,8 @@ SECONDS_BETWEEN_LOOKS = 1.0
 ALREADY_LOADED = "has already been loaded"  # vLLM's words
 NO_ROUTE = "Not Found"
 TAKES_NONE = (
-    "the engine takes no adapters while it runs; ours does with `kangaroo serve --adapters FOLDER`, another vLLM with "
-    "the flag --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+    "the engine takes no adapters while it runs. `kangaroo serve` starts its own so that it does, for each LLaVA that "
+    "is not quantised; another vLLM does with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
 )
 
 log = logging.getLogger("kangaroo.adapters")

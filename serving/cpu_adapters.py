@@ -15,7 +15,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 Rows = list[tuple[int, Tensor]]  # the slot of an adapter, and the rows that asked for it
 
 
-class AdapterRows(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM's classes have no types
+class AdapterRows(PunicaWrapperCPU):
     """vLLM's own, with the products of R ranks computed once for each adapter and for its rows alone.
 
     Shapes: x is (T, D), y (T, D'), matrices of all S slots (S, 1, R, D) and (S, 1, D', R); T rows of all requests.
@@ -32,6 +32,11 @@ class AdapterRows(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM's classes hav
         self._rows = rows_of_slots(self.token_lora_indices)
         self._sampled_rows = rows_of_slots(self.sampler_indices)
 
+    def add_lora_linear(self, y: Tensor, *arguments: Any, **more: Any) -> None:
+        """As vLLM's own; nothing at all where only the base is asked."""
+        if self._rows:
+            super().add_lora_linear(y, *arguments, **more)
+
     def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
         for slot, rows in self._rows:
             y[rows] = scale * (x[rows].to(y.dtype) @ w_t_all[slot, 0].to(y.dtype).T)
@@ -44,9 +49,11 @@ class AdapterRows(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM's classes hav
             more = x[rows].to(y.dtype) @ w_t_all[slot, 0].to(y.dtype).T
             part[rows] = part[rows] + more if add_inputs else more
 
-    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **more: Any) -> None:
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **more: Any
+    ) -> None:
         """On word embeddings, where our adapters never stand, but vLLM asks all the same."""
-        self._apply_expand(y, x, lora_b_stacked, 0, y.shape[-1])
+        self._apply_expand(y, x, lora_b_stacked, 0, y.shape[-1], add_inputs)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **more: Any

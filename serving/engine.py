@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 # Adapters that vLLM computes with at once, the highest rank of one, and how many it keeps in memory. The first two are
 # memory: so many times the rank is held for every layer, used or not.
-ADAPTERS_AT_ONCE, HIGHEST_ADAPTER_RANK, ADAPTERS_IN_MEMORY = 4, 64, 32
+ADAPTERS_AT_ONCE, HIGHEST_ADAPTER_RANK, ADAPTERS_IN_MEMORY = 4, 32, 32
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -82,21 +82,26 @@ class Engine(Protocol):
 class RemoteEngine:
     """An engine that somebody else started, on this machine or another.
 
-    With `model_name` it must serve a model of that name. How it does is asked once a second at most.
+    With `model_name` it must serve a model of that name. How it does is asked once a second at most. `restarts` counts
+    how often it came back after it had been away: what was loaded into it may be gone.
     """
-
-    restarts = 0  # those are somebody else's too
 
     def __init__(self, base_url: str, api_key: str | None = None, model_name: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.api_key = api_key
         self._model_name = model_name
         self._known: tuple[float, str, EngineState] | None = None
+        self._was_ready = self._went_away = False
+        self.restarts = 0
 
     def state(self) -> EngineState:
         now = time.monotonic()
         if self._known is None or now - self._known[0] >= SECONDS_BETWEEN_LOOKS or self._known[1] != self.base_url:
             self._known = (now, self.base_url, self._look())
+            is_ready = self._known[2].phase is Phase.READY
+            self.restarts += is_ready and self._went_away
+            self._was_ready = self._was_ready or is_ready
+            self._went_away = self._was_ready and not is_ready
         return self._known[2]
 
     def log_tail(self) -> str:

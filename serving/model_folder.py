@@ -11,6 +11,8 @@ from assistant.models import ModelError, read_json, require_complete
 # activation makes it stop, and is served by vLLM's transformers backend instead: the same answers at a lower speed.
 LAYOUTS_OF_VLLM = frozenset({"llava", "llava_next"})
 TOWERS_OF_VLLM = frozenset({"clip_vision_model", "siglip_vision_model", "pixtral"})
+# What `assistant.checkpoint` reads, and adapters are made for.
+LAYOUTS_TAUGHT = frozenset({"llava", "llava_next", "aya_vision"})
 ACTIVATIONS_OF_VLLM = frozenset({"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
 
 
@@ -23,6 +25,7 @@ class ModelFacts:
     read_by_vllm: bool  # by its own code; else vLLM runs transformers'
     context_length: int | None
     picture_token: str | None
+    takes_adapters: bool = False  # whether some can be made for it here, and vLLM serves them beside it
 
 
 def read_model_folder(folder: Path) -> ModelFacts:
@@ -42,6 +45,7 @@ def read_model_folder(folder: Path) -> ModelFacts:
         and config.get("projector_hidden_act", "gelu") in ACTIVATIONS_OF_VLLM,
         context_length=text_config.get("max_position_embeddings"),
         picture_token=_picture_token(folder, config),
+        takes_adapters=config.get("model_type") in LAYOUTS_TAUGHT and "quantization_config" not in config,
     )
 
 

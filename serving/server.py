@@ -15,10 +15,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from assistant.models import ModelError
+from serving.adapters import AdapterPlaces
 from serving.admission import Drain
 from serving.doors import Doors
 from serving.engine import Engine, EngineError, Phase
 from serving.gateway import create_gateway
+from serving.jobs.data_folder import DataFolder
 from serving.listening import ListenError, listen
 from serving.model_folder import ModelFacts
 from serving.patience import PatientProtocol
@@ -59,6 +61,8 @@ def serve(
     *,
     doors: Doors | None = None,
     remote_hosts: RemoteHosts | None = None,
+    data: DataFolder | None = None,
+    adapters: AdapterPlaces | None = None,
     attach: Callable[[FastAPI], FastAPI] | None = None,
 ) -> int:
     """Start `engine` and serve until Ctrl-C or SIGTERM; the exit code.
@@ -69,7 +73,9 @@ def serve(
     log_requests()
     try:
         with listen(host, port) as listener, engine as started:
-            app = create_gateway(started, model_name, facts, doors=doors, remote_hosts=remote_hosts)
+            app = create_gateway(
+                started, model_name, facts, doors=doors, remote_hosts=remote_hosts, data=data, adapters=adapters
+            )
             print(f"Kangaroo is at http://{bracketed(host)}:{listener.getsockname()[1]}", flush=True)
             print(describe_doors(doors), flush=True)
             threading.Thread(target=tell_changes, args=[started], daemon=True).start()

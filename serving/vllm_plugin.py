@@ -21,4 +21,4 @@ def _mend_adapters() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: "serving.cpu_adapters.AdapterRows")
+        current_platform.get_punica_wrapper = lambda: "serving.cpu_adapters.AdapterRows"  # type: ignore[method-assign]

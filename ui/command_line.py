@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from ui.commands import asking, evaluating, exporting, finding, keys, preferring, pretraining, serving, teaching, towers
+from ui.commands import (
+    asking,
+    evaluating,
+    exporting,
+    finding,
+    keys,
+    models,
+    preferring,
+    pretraining,
+    serving,
+    teaching,
+    towers,
+)
 
 DISTRIBUTION = "kangaroo-assistant"
 
@@ -18,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for kind in (serving, keys, asking, finding, teaching, preferring, exporting, pretraining, evaluating, towers):
+for kind in (serving, keys, models, asking, finding, teaching, preferring, exporting, pretraining, evaluating, towers):
     app.add_typer(kind.commands)
 
 

@@ -53,11 +53,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn."""
+    """Of which model answers are drawn, and how."""
 
     temperature: float
     top_p: float
     max_tokens: int
+    model: str
 
 
 class PictureBox(gr.MultimodalTextbox):
@@ -80,7 +81,7 @@ class Answerer:
 
     def __init__(self, api_url: str, api_key: str | None, model_name: str) -> None:
         """`api_url` ends in /v1, as for every OpenAI client; `api_key` may be None when the gateway asks for none."""
-        self._model_name = model_name
+        self.model_name = model_name
         # The gateway runs beside the page: a proxy from the environment must not get between them.
         self._http = openai.DefaultAsyncHttpxClient(trust_env=False)
         self._health_url = api_url.rstrip("/").removesuffix("/v1") + "/health"
@@ -100,6 +101,15 @@ class Answerer:
         except (ValueError, KeyError, TypeError):
             return Status("unreachable", f"unexpected answer from {self._health_url} (HTTP {response.status_code})")
 
+    async def models(self, authorization: str | None = None) -> list[str]:
+        """The models that this visitor may ask, by name, the base first; it alone where the gateway says nothing."""
+        headers = {"Authorization": authorization} if authorization else None
+        try:
+            listed = await self._client.models.list(extra_headers=headers)
+        except (openai.APIError, httpx2.HTTPError):
+            return [self.model_name]
+        return [model.id for model in listed.data]
+
     async def stream(
         self, turns: Sequence[Turn], sampling: Sampling, authorization: str | None = None
     ) -> AsyncIterator[str]:
@@ -111,7 +121,7 @@ class Answerer:
         """
         messages: Any = await asyncio.to_thread(to_openai, turns)
         stream = await self._client.chat.completions.create(
-            model=self._model_name,
+            model=sampling.model,
             messages=messages,
             stream=True,
             temperature=sampling.temperature,
@@ -203,7 +213,12 @@ class ChatPage:
         )
 
     def _build_settings(self) -> None:
-        with gr.Accordion("Settings", open=False, elem_id="settings"):
+        with gr.Accordion("Settings", open=False, elem_id="settings") as self.settings_box:
+            base = self._answerer.model_name
+            self.model = gr.Dropdown(
+                [base], value=base, label="Model", visible=False, filterable=False, elem_id="model",
+                info="The base, or what was taught on top of it.",
+            )  # fmt: skip
             temperature = gr.Slider(
                 0.0, 2.0, value=0.0, step=0.05, label="Temperature",
                 info="0 gives the likeliest answer, the same each time. Higher is more varied, and more often wrong.",
@@ -216,7 +231,7 @@ class ChatPage:
                 1, 1024, value=256, step=1, label="Longest answer, in tokens",
                 info="A token is about three quarters of a word. The answer is cut off there.",
             )  # fmt: skip
-        self.settings = [temperature, top_p, max_tokens]
+        self.settings = [temperature, top_p, max_tokens, self.model]
 
     async def ask(
         self,
@@ -225,6 +240,7 @@ class ChatPage:
         temperature: float,
         top_p: float,
         max_tokens: int,
+        model: str,
         visit: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Answers what is in the box. A message that cannot be sent stays there, with the reason said beside it."""
@@ -235,7 +251,7 @@ class ChatPage:
             yield _keep(4)
             return
         turn = Turn(question.strip() or CAPTION_QUESTION, tuple(Path(path) for path in files))
-        sampling = Sampling(temperature, top_p, int(max_tokens))
+        sampling = Sampling(temperature, top_p, int(max_tokens), model)
         async for update in self._answer([*turns, turn], sampling, visit, clear_box=True):
             yield update
 
@@ -246,23 +262,26 @@ class ChatPage:
         temperature: float,
         top_p: float,
         max_tokens: int,
+        model: str,
         visit: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Asks the chosen example. Only its number is taken from the browser, never a path."""
         file, question = EXAMPLES[int(chosen.index)]
         turn = Turn(question, (EXAMPLES_FOLDER / file,))
-        async for update in self._answer([*turns, turn], Sampling(temperature, top_p, int(max_tokens)), visit):
+        sampling = Sampling(temperature, top_p, int(max_tokens), model)
+        async for update in self._answer([*turns, turn], sampling, visit):
             yield update
 
     async def retry(
-        self, turns: list[Turn], temperature: float, top_p: float, max_tokens: int, visit: gr.Request
+        self, turns: list[Turn], temperature: float, top_p: float, max_tokens: int, model: str, visit: gr.Request
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Asks the last question again, with the settings as they are now."""
         if not turns:
             yield _keep(4)
             return
         again = [*turns[:-1], replace(turns[-1], answer="", problem="", stopped=False)]
-        async for update in self._answer(again, Sampling(temperature, top_p, int(max_tokens)), visit):
+        sampling = Sampling(temperature, top_p, int(max_tokens), model)
+        async for update in self._answer(again, sampling, visit):
             yield update
 
     async def _answer(
@@ -307,6 +326,12 @@ class ChatPage:
         status = await self._answerer.status()
         return show_status(status), gr.Timer(active=status.state != "ready")
 
+    async def offer_models(self, chosen: str, visit: gr.Request) -> Any:
+        """The models that there are now, to choose from where there are several; the base for one that is gone."""
+        names = await self._answerer.models(visit.headers.get("authorization"))
+        kept = chosen if chosen in names else self._answerer.model_name
+        return gr.update(choices=names, value=kept, visible=len(names) > 1)
+
     def connect(self, page: gr.Blocks) -> None:
         """Binds the handlers. None of them is part of a public API: programs use the gateway's."""
         shared: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -321,6 +346,9 @@ class ChatPage:
         watched: dict[str, Any] = {"outputs": [self.status, self.timer], "queue": False, **shared}
         self.timer.tick(self.watch, None, **watched)
         page.load(self.watch, None, **watched)
+        offered: dict[str, Any] = {"inputs": [self.model], "outputs": [self.model], "queue": False, **shared}
+        self.settings_box.expand(self.offer_models, **offered)
+        page.load(self.offer_models, **offered)
 
 
 def _example_message(file: str, question: str) -> ExampleMessage:
