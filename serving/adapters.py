@@ -20,7 +20,7 @@ from serving.errors import ApiError
 from serving.upstream import EngineGone, EngineRefusal, Upstream
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
-MOST_OF_ONE_OWNER = 64
+MOST_OF_ONE_OWNER = 200
 SECONDS_BETWEEN_LOOKS = 1.0
 ALREADY_LOADED = "has already been loaded"  # vLLM's words
 NO_ROUTE = "Not Found"
@@ -167,12 +167,12 @@ class AdapterShelf:
     async def _load(self, name: str, folder: Path, owner: str | None, kept: Path | None) -> Adapter:
         self._check_name(name, owner)
         self._coming.add(name)
-        target = (kept or self._temporary_folder()) / uuid.uuid4().hex
         with contextlib.ExitStack() as undo:
             undo.callback(self._coming.discard, name)
             undo_copy = undo.enter_context(contextlib.ExitStack())
-            undo_copy.callback(shutil.rmtree, target, ignore_errors=True)
             try:
+                target = (kept or self._temporary_folder()) / uuid.uuid4().hex
+                undo_copy.callback(shutil.rmtree, target, ignore_errors=True)
                 async with self._checking:
                     checked = await check_adapter(folder, self._base_folder, target)
                 adapter = Adapter(name, owner, int(time.time()), checked.modules, checked.rank, target)
@@ -186,6 +186,8 @@ class AdapterShelf:
                 reason = str(error).replace(str(folder), folder.name).replace(str(self._base_folder), self.base_name)
                 message = f"The adapter {name} cannot be served: {reason}."
                 raise ApiError(400, message, param="folder", code="adapter_refused") from error
+            except OSError as error:
+                raise ApiError(503, f"The adapter {name} cannot be kept: {error.strerror}.") from error
             undo_copy.pop_all()
         log.info("The adapter %s is loaded: rank %d on %d modules.", name, adapter.rank, adapter.modules)
         if checked.warning is not None:
@@ -212,23 +214,30 @@ class AdapterShelf:
         except EngineGone:
             return adapter  # it ended, and gets the adapter when it is there again
         except EngineRefusal as error:
-            if str(error) == NO_ROUTE:
+            said = str(error)
+            if said == NO_ROUTE:
                 raise AdapterRefused(TAKES_NONE) from error
-            if ALREADY_LOADED not in str(error) or not await self._is_ours_there(adapter):
-                raise AdapterRefused(str(error).replace(str(adapter.folder), "its folder").rstrip(".")) from error
+            if ALREADY_LOADED not in said or not await self._is_ours_there(adapter):
+                raise AdapterRefused(said.replace(str(adapter.folder), "its folder").rstrip(".")) from error
         return replace(adapter, held_by=now)
 
     async def _is_ours_there(self, adapter: Adapter) -> bool:
-        """Whether the engine has this very copy by this name: a remote one outlives its gateway."""
-        models = await self._upstream.models()
+        """Whether the engine has this very copy by this name: one that somebody else started outlives its gateway."""
+        try:
+            models = await self._upstream.models()
+        except EngineGone:
+            return False
         return any(model["id"] == adapter.name and model.get("root") == str(adapter.folder) for model in models)
 
     async def _bring_back(self) -> None:
         if self.places.kept is None:
             return
-        self.places.kept.mkdir(parents=True, exist_ok=True)
-        for adapter in await read_notes(self.places.kept, self._base_folder):
-            self._adapters[adapter.name] = adapter
+        try:
+            self.places.kept.mkdir(parents=True, exist_ok=True)
+            for adapter in await read_notes(self.places.kept, self._base_folder):
+                self._adapters[adapter.name] = adapter
+        except OSError as error:
+            log.error("The adapters in %s cannot be brought back: %s.", self.places.kept, error.strerror)
 
     async def _is_ready(self) -> bool:
         state = await anyio.to_thread.run_sync(self._engine.state)
