@@ -1,5 +1,6 @@
 """The OpenAPI document of the gateway: every route with its bodies, examples and errors."""
 
+import json
 from typing import Any
 
 from fastapi import FastAPI
@@ -89,8 +90,8 @@ def _add_bodies(document: dict[str, Any]) -> None:
 
 
 def _add_examples(document: dict[str, Any], model_name: str) -> None:
-    for path, examples in examples_of(model_name).items():
-        content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    for path, examples in (examples_of(model_name) | teaching_examples(model_name)).items():
+        (content,) = list(document["paths"][path]["post"]["requestBody"]["content"].values())[:1]
         content["examples"] = {
             title.lower().replace(" ", "_"): {"summary": title, "value": value} for title, value in examples.items()
         }
@@ -149,5 +150,27 @@ def examples_of(model_name: str) -> dict[str, dict[str, dict[str, Any]]]:
                 "labels": ["red", "blue"],
                 "templates": ["Everything here is {}."],
             },
+        },
+    }
+
+
+def teaching_examples(model_name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """A file that can be uploaded as it is, and jobs that name files, which have other ids on each server."""
+    shown = {"type": "image_url", "image_url": {"url": PICTURE}}
+    asked = {"role": "user", "content": [shown, {"type": "text", "text": "What colour is this?"}]}
+    row = json.dumps({"messages": [asked, {"role": "assistant", "content": "Red."}]})
+    job = {"model": model_name, "training_file": "file-0123456789abcdef01234567"}
+    how = {"n_epochs": 10, "batch_size": 4, "learning_rate_multiplier": 0.5}
+    return {
+        "/v1/files": {"Two rows with a picture": {"file": f"{row}\n{row}\n", "purpose": "fine-tune"}},
+        "/v1/fine_tuning/jobs": {
+            "A lesson": job,
+            "How often, how fast, and under which name": job
+            | {
+                "suffix": "colours",
+                "seed": 1,
+                "method": {"type": "supervised", "supervised": {"hyperparameters": how}},
+            },
+            "With rows to validate on": job | {"validation_file": job["training_file"], "metadata": {"lesson": "red"}},
         },
     }

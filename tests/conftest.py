@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, sync_playwright
 from assistant.models import JOEY
 from serving.engine import Engine, LocalEngine
 from serving.gateway import create_gateway
+from serving.jobs.data_folder import DataFolder
 from serving.listening import listen
 from serving.model_folder import ModelFacts
 from serving.server import uvicorn_config
@@ -69,10 +70,12 @@ def served(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def gateway_client(engine: Engine, facts: ModelFacts, model_name: str = MODEL_NAME) -> Iterator[httpx.Client]:
+def gateway_client(
+    engine: Engine, facts: ModelFacts, model_name: str = MODEL_NAME, data: DataFolder | None = None
+) -> Iterator[httpx.Client]:
     """A client of a gateway over `engine`."""
     with (
-        served(create_gateway(engine, model_name, facts)) as address,
+        served(create_gateway(engine, model_name, facts, data=data)) as address,
         httpx.Client(base_url=address, timeout=120, trust_env=False) as client,
     ):
         yield client
@@ -89,13 +92,14 @@ def gateway(engine: LocalEngine) -> Iterator[httpx.Client]:
 def joey_engine() -> Iterator[LocalEngine]:
     """A real vLLM on Joey, ready: for what a model must know something for."""
     # In float32 answers hang on no neighbours in the batch, so that they can be compared.
-    with LocalEngine(JOEY, JOEY.name, dtype="float32") as engine:
+    with LocalEngine(JOEY, JOEY.name, dtype="float32", takes_adapters=True) as engine:
         engine.wait_until_ready(SECONDS_TO_START)
         yield engine
 
 
 @pytest.fixture(scope="session")
-def joey_gateway(joey_engine: LocalEngine) -> Iterator[httpx.Client]:
-    """A client of a real gateway over the real vLLM on Joey."""
-    with gateway_client(joey_engine, joey_engine.facts, JOEY.name) as client:
+def joey_gateway(joey_engine: LocalEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a real gateway over the real vLLM on Joey, which keeps files and teaches."""
+    data = DataFolder(tmp_path_factory.mktemp("data"))
+    with gateway_client(joey_engine, joey_engine.facts, JOEY.name, data) as client:
         yield client

@@ -31,8 +31,9 @@ class StepTeller:
 
         if self._records.change(self._record.job.id, progressed) is not None:
             for note in notes:
-                level = "warn" if note.numbers is None else "info"
-                self._records.tell(self._record.job.id, note.message, level, note.numbers)
+                self._records.tell(
+                    self._record.job.id, note.message, "warn" if note.numbers is None else "info", note.numbers
+                )
 
     def _estimated_finish(self, steps: list[float]) -> int | None:
         if not steps:

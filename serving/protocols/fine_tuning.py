@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from serving.protocols.common import Part, Text
 
@@ -12,16 +12,9 @@ Status = Literal["validating_files", "queued", "running", "succeeded", "failed",
 ENDED: frozenset[Status] = frozenset(("succeeded", "failed", "cancelled"))
 
 
-def few_pairs(metadata: dict[str, str]) -> dict[str, str]:
-    """Refuse more pairs than OpenAI takes."""
-    if len(metadata) > MOST_METADATA:
-        raise ValueError(f"{len(metadata)} pairs, and the most are {MOST_METADATA}")
-    return metadata
-
-
 MetadataKey = Annotated[Text, Field(max_length=64)]
 MetadataValue = Annotated[Text, Field(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], AfterValidator(few_pairs)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MOST_METADATA)]
 FileId = Annotated[Text, Field(min_length=1, max_length=64, description="The id that `/v1/files` gave.")]
 
 

@@ -1,6 +1,6 @@
 """`/v1/files`: upload, list, look at, fetch and delete the files that models are taught with."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Form, Query
@@ -8,6 +8,7 @@ from starlette.responses import FileResponse
 
 from serving.jobs.job_service import JobService, job_service, owner_of
 from serving.openapi import ERRORS
+from serving.protocols.errors import ErrorAnswer
 from serving.protocols.files import FileDeleted, FileUpload, StoredFile, StoredFiles
 
 router = APIRouter()
@@ -15,10 +16,13 @@ Service = Annotated[JobService, Depends(job_service)]
 Owner = Annotated[str | None, Depends(owner_of)]
 MOST_LISTED = 10_000
 LINES = "application/jsonl"
-CONTENT = {200: {"content": {LINES: {"schema": {"type": "string", "format": "binary"}}}}}
+BYTES = {"schema": {"type": "string", "format": "binary"}}
+CONTENT: dict[int | str, dict[str, Any]] = {200: {"content": {LINES: BYTES}}}
+IN_USE: dict[int | str, dict[str, Any]] = {409: {"model": ErrorAnswer, "description": "A job still reads the file."}}
+FULL: dict[int | str, dict[str, Any]] = {507: {"model": ErrorAnswer, "description": "The server's disk is full."}}
 
 
-@router.post("/v1/files", responses=ERRORS)
+@router.post("/v1/files", responses=ERRORS | FULL)
 async def upload(
     form: Annotated[FileUpload, Form(media_type="multipart/form-data")], service: Service, owner: Owner
 ) -> StoredFile:
@@ -54,7 +58,7 @@ def content(file_id: str, service: Service, owner: Owner) -> FileResponse:
     return FileResponse(service.files.path(file_id), media_type=LINES, filename=file.filename, headers=headers)
 
 
-@router.delete("/v1/files/{file_id}", responses=ERRORS)
+@router.delete("/v1/files/{file_id}", responses=ERRORS | IN_USE)
 def delete(file_id: str, service: Service, owner: Owner) -> FileDeleted:
     """Delete one of your files, unless a job still reads it."""
     service.delete_file(owner, file_id)
