@@ -24,6 +24,7 @@ MOST_OF_ONE_OWNER = 200
 SECONDS_BETWEEN_LOOKS = 1.0
 ALREADY_LOADED = "has already been loaded"  # vLLM's words
 NO_ROUTE = "Not Found"
+NOT_THERE = "No adapter found for"
 TAKES_NONE = (
     "the engine takes no adapters while it runs. `kangaroo serve` starts its own so that it does, for each LLaVA that "
     "is not quantised; another vLLM does with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
@@ -217,6 +218,11 @@ class AdapterShelf:
             said = str(error)
             if said == NO_ROUTE:
                 raise AdapterRefused(TAKES_NONE) from error
+            if NOT_THERE in said:
+                raise AdapterRefused(
+                    "the engine does not see the copy of it that is here; one on another machine must have the data "
+                    "folder (--data-folder) at the same path, on a disk that both share"
+                ) from error
             if ALREADY_LOADED not in said or not await self._is_ours_there(adapter):
                 raise AdapterRefused(said.replace(str(adapter.folder), "its folder").rstrip(".")) from error
         return replace(adapter, held_by=now)
