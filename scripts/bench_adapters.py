@@ -189,7 +189,7 @@ def main(
         ]
         for target in targets:
             speed(target, at_once, 8)  # the first requests find cold caches
-        found = {target.told: [] for target in targets}
+        found: dict[str, list[float]] = {target.told: [] for target in targets}
         for _ in range(rounds):
             for target in targets:
                 found[target.told].append(speed(target, at_once, tokens))

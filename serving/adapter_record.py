@@ -3,12 +3,9 @@
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import anyio
-
-from assistant.hashing import weights_hash
 
 NOTE = "kangaroo.json"
 
@@ -32,16 +29,10 @@ class Adapter:
     held_by: tuple[str, int] | None = None
 
 
-async def write_note(adapter: Adapter, base: Path) -> None:
-    """Note the adapter beside its copy; a copy without a note is removed at the next start."""
-    note = {
-        "name": adapter.name,
-        "owner": adapter.owner,
-        "created": adapter.created,
-        "modules": adapter.modules,
-        "rank": adapter.rank,
-        "base_sha256": await anyio.to_thread.run_sync(weights_hash, base),
-    }
+def write_note(adapter: Adapter, of_base: str) -> None:
+    """Note the adapter beside its copy; `of_base` is the hash of the base's weights."""
+    note = {"name": adapter.name, "owner": adapter.owner, "created": adapter.created}
+    note |= {"modules": adapter.modules, "rank": adapter.rank, "base_sha256": of_base}
     partial = adapter.folder / f"{NOTE}.partial"
     partial.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     partial.replace(adapter.folder / NOTE)
@@ -52,17 +43,21 @@ def remove_note(adapter: Adapter) -> None:
     (adapter.folder / NOTE).unlink(missing_ok=True)
 
 
-async def read_notes(kept: Path, base: Path) -> list[Adapter]:
-    """The adapters that were kept in the folder `kept` for the base in the folder `base`, oldest first.
-
-    Those of another base stay where they are. Copies without a note were unloaded, or never finished: they are removed.
-    """
+def remove_unnoted(kept: Path) -> list[Path]:
+    """The notes in the folder `kept`. Copies without one were unloaded, or never finished: they are removed."""
     found = sorted(kept.glob(f"*/{NOTE}"))
     for folder in {path for path in kept.iterdir() if path.is_dir()} - {note.parent for note in found}:
         shutil.rmtree(folder)
-    of_base = await anyio.to_thread.run_sync(weights_hash, base) if found else ""
+    return found
+
+
+def read_notes(notes: Sequence[Path], of_base: str) -> list[Adapter]:
+    """The adapters that were noted for the base whose weights have the hash `of_base`, oldest first.
+
+    Those of another base stay where they are.
+    """
     adapters = []
-    for path in found:
+    for path in notes:
         try:
             note = json.loads(path.read_text(encoding="utf-8"))
             if note.pop("base_sha256") != of_base:

@@ -13,22 +13,17 @@ from pathlib import Path
 
 import anyio
 
+from assistant.hashing import weights_hash
 from serving.adapter_check import AdapterRefused, check_adapter
-from serving.adapter_record import Adapter, read_notes, remove_note, write_note
+from serving.adapter_loading import give, take_away
+from serving.adapter_record import Adapter, read_notes, remove_note, remove_unnoted, write_note
 from serving.engine import Engine, Phase, RemoteEngine
 from serving.errors import ApiError
-from serving.upstream import EngineGone, EngineRefusal, Upstream
+from serving.upstream import Upstream
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 MOST_OF_ONE_OWNER = 200
 SECONDS_BETWEEN_LOOKS = 1.0
-ALREADY_LOADED = "has already been loaded"  # vLLM's words
-NO_ROUTE = "Not Found"
-NOT_THERE = "No adapter found for"
-TAKES_NONE = (
-    "the engine takes no adapters while it runs. `kangaroo serve` starts its own so that it does, for each LLaVA that "
-    "is not quantised; another vLLM does with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
-)
 
 log = logging.getLogger("kangaroo.adapters")
 
@@ -71,6 +66,7 @@ class AdapterShelf:
         self._coming: set[str] = set()  # names that are being loaded
         self._left: list[Path] = []  # copies of unloaded ones: requests that still run may make vLLM read them again
         self._temporary: Path | None = None
+        self._base_hash: str | None = None
         self._checking = anyio.Lock()  # one at a time: a check takes a core
         self._giving = anyio.Lock()
 
@@ -99,10 +95,7 @@ class AdapterShelf:
             remove_note(adapter)
             self._left.append(adapter.folder)
             if self.is_held(adapter):
-                try:
-                    await self._upstream.tell("/v1/unload_lora_adapter", {"lora_name": name})
-                except (EngineGone, EngineRefusal) as error:
-                    log.warning("The engine did not let go of the adapter %s: %s", name, error)
+                await take_away(adapter, self._upstream)
 
     def is_held(self, adapter: Adapter) -> bool:
         """Whether the engine that runs now was given it."""
@@ -128,31 +121,33 @@ class AdapterShelf:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """While this is open, the engine has its adapters; afterwards nothing is left that is not kept."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._run)
-            yield
-            group.cancel_scope.cancel()
-        await self._clear()
+        await self._bring_back()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._run)
+                yield
+                group.cancel_scope.cancel()
+        finally:
+            await self._clear()
 
     async def _run(self) -> None:
-        """Bring back what was kept, load what is to be there from the start, and give a new engine what it lacks."""
-        await self._bring_back()
+        """Load what is to be there from the start, and give each new engine what it lacks."""
         for name, folder in self.places.named.items():
             if name not in self._adapters:
                 try:
                     await self._load(name, folder, None, kept=None)
                 except ApiError as error:
                     log.error("%s", error)
-        told: set[tuple[str, tuple[str, int]]] = set()
+        refused: set[tuple[Path, tuple[str, int]]] = set()  # which copy, and by which engine
         while True:
             if await self._is_ready():
-                for adapter in list(self._adapters.values()):
+                now = self._engine_now()
+                for adapter in [each for each in self._adapters.values() if (each.folder, now) not in refused]:
                     try:
                         await self.hold(adapter.name)
                     except ApiError as error:
-                        if (adapter.name, self._engine_now()) not in told:
-                            told.add((adapter.name, self._engine_now()))
-                            log.error("%s", error)
+                        refused.add((adapter.folder, now))
+                        log.error("%s", error)
             await anyio.sleep(SECONDS_BETWEEN_LOOKS)
 
     async def _clear(self) -> None:
@@ -160,8 +155,7 @@ class AdapterShelf:
         if isinstance(self._engine, RemoteEngine):
             for adapter in self._adapters.values():
                 if self.is_held(adapter):
-                    with contextlib.suppress(EngineGone, EngineRefusal):
-                        await self._upstream.tell("/v1/unload_lora_adapter", {"lora_name": adapter.name})
+                    await take_away(adapter, self._upstream)
         for folder in [*self._left, *filter(None, [self._temporary])]:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -177,11 +171,12 @@ class AdapterShelf:
                 async with self._checking:
                     checked = await check_adapter(folder, self._base_folder, target)
                 adapter = Adapter(name, owner, int(time.time()), checked.modules, checked.rank, target)
+                of_base = await self._hash_of_base() if kept is not None else None
                 async with self._giving:
                     if await self._is_ready():
                         adapter = await self._given(adapter)
-                    if kept is not None:
-                        await write_note(adapter, self._base_folder)
+                    if of_base is not None:
+                        write_note(adapter, of_base)
                     self._adapters[name] = adapter
             except AdapterRefused as error:
                 reason = str(error).replace(str(folder), folder.name).replace(str(self._base_folder), self.base_name)
@@ -207,43 +202,26 @@ class AdapterShelf:
             raise ApiError(400, f"There are {MOST_OF_ONE_OWNER} adapters already; unload one first.")
 
     async def _given(self, adapter: Adapter) -> Adapter:
-        """The adapter as the engine that is ready now holds it. Raises AdapterRefused in the engine's words."""
+        """The adapter as the engine, which is ready, holds it now. Raises AdapterRefused in the engine's words."""
         now = self._engine_now()
-        body = {"lora_name": adapter.name, "lora_path": str(adapter.folder)}
-        try:
-            await self._upstream.tell("/v1/load_lora_adapter", body)
-        except EngineGone:
-            return adapter  # it ended, and gets the adapter when it is there again
-        except EngineRefusal as error:
-            said = str(error)
-            if said == NO_ROUTE:
-                raise AdapterRefused(TAKES_NONE) from error
-            if NOT_THERE in said:
-                raise AdapterRefused(
-                    "the engine does not see the copy of it that is here; one on another machine must have the data "
-                    "folder (--data-folder) at the same path, on a disk that both share"
-                ) from error
-            if ALREADY_LOADED not in said or not await self._is_ours_there(adapter):
-                raise AdapterRefused(said.replace(str(adapter.folder), "its folder").rstrip(".")) from error
-        return replace(adapter, held_by=now)
-
-    async def _is_ours_there(self, adapter: Adapter) -> bool:
-        """Whether the engine has this very copy by this name: one that somebody else started outlives its gateway."""
-        try:
-            models = await self._upstream.models()
-        except EngineGone:
-            return False
-        return any(model["id"] == adapter.name and model.get("root") == str(adapter.folder) for model in models)
+        return replace(adapter, held_by=now) if await give(adapter, self._upstream) else adapter
 
     async def _bring_back(self) -> None:
         if self.places.kept is None:
             return
         try:
             self.places.kept.mkdir(parents=True, exist_ok=True)
-            for adapter in await read_notes(self.places.kept, self._base_folder):
+            found = remove_unnoted(self.places.kept)
+            for adapter in read_notes(found, await self._hash_of_base()) if found else []:
                 self._adapters[adapter.name] = adapter
         except OSError as error:
             log.error("The adapters in %s cannot be brought back: %s.", self.places.kept, error.strerror)
+
+    async def _hash_of_base(self) -> str:
+        """Computed when it is first needed: gigabytes take seconds."""
+        if self._base_hash is None:
+            self._base_hash = await anyio.to_thread.run_sync(weights_hash, self._base_folder)
+        return self._base_hash
 
     async def _is_ready(self) -> bool:
         state = await anyio.to_thread.run_sync(self._engine.state)
