@@ -8,7 +8,11 @@ import typer
 from ui.commands.shared import GOES_ON, fail, plain_errors, stopping
 
 PANEL = "Pretrain and measure"
-OF_RUNS, OF_RECIPE = "With RUNS", "With --recipe"  # how the options of `plan` stand together
+OF_RUNS, OF_RECIPE, OF_SERVING = (
+    "With RUNS",
+    "With --recipe",
+    "With --serve",
+)  # how the options of `plan` stand together
 commands = typer.Typer()
 
 
@@ -46,7 +50,7 @@ def train(
 @commands.command(
     rich_help_panel=PANEL,
     epilog="Examples: kangaroo plan runs/small runs/medium runs/large more.csv   or   "
-    "kangaroo plan --recipe dinov2 --devices 512 --memory 80GB --link 50GB/s",
+    "kangaroo plan --recipe dinov2 --devices 512 --memory 80GB --link 50GB/s   or   kangaroo plan --serve llava",
 )
 def plan(
     runs: Annotated[
@@ -95,16 +99,39 @@ def plan(
         typer.Option(min=1, help="Steps of the run.", show_default="for as many samples", rich_help_panel=OF_RECIPE),
     ] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Without bf16.", rich_help_panel=OF_RECIPE)] = False,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Say how much of this model --devices serve at most: a folder or a hub name, of which the "
+            "configuration alone is read.",
+            rich_help_panel=OF_SERVING,
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        str, typer.Option(help="What one GPU reads of its memory.", rich_help_panel=OF_SERVING)
+    ] = "3350GB/s",
+    teraflops: Annotated[
+        float, typer.Option(min=0.001, help="What one GPU computes a second in bf16.", rich_help_panel=OF_SERVING)
+    ] = 989.0,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a request.", show_default="a picture's, and 320", rich_help_panel=OF_SERVING
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder for curves, numbers and the recipe to launch.")] = Path("plan"),
 ) -> None:
-    """Plan a larger run: what small runs say of the next size, or what a recipe costs on many GPUs and how to start it.
+    """Plan a larger run: what small runs say of the next size, what a recipe costs on many GPUs, what those serve.
 
     With RUNS: fits scaling laws to your own runs and says how sure they are. Six are the least, of three sizes.
 
     With --recipe: memory, bytes sent, batch and rate for it, and the commands that launch it.
+
+    With --serve: for each way to split --devices into engines, what fits, how fast it writes, and vLLM's flags.
     """
-    if bool(runs) == bool(recipe):
-        raise fail("name finished runs, or a recipe with --recipe; see kangaroo plan --help")
+    if bool(runs) + bool(recipe) + bool(serve) != 1:
+        raise fail("name finished runs, or a recipe with --recipe, or a model with --serve; see kangaroo plan --help")
     if (parameters is None) != (samples is None):
         raise fail("--parameters and --samples go together: both or neither")
     if out.exists() and not out.is_dir():
@@ -115,7 +142,11 @@ def plan(
     from training.data.pictures import DataError
 
     with plain_errors(RecipeError, DataError), stopping("stopped; nothing was written."):
-        if recipe:
+        if serve:
+            from training.planning.serving import report_serving
+
+            report_serving(serve, devices, per_machine, memory, bandwidth, teraflops, tokens, Console())
+        elif recipe:
             from training.planning.costs_report import Wanted, report_costs
             from training.planning.overview import report_overview
 
