@@ -41,8 +41,7 @@ def export_model(source: Path, name: str, form: Format, target: Path) -> None:
 
     Raises ModelError where `source` cannot be read or is quantised already.
     """
-    if "quantization_config" in read_json(source / "config.json"):
-        raise ModelError(f"{source} is quantised already; export the model that it was made of")
+    require_unquantised(source, "exported")
     dtype = getattr(torch, arithmetic_of(form))
     if form.startswith("bitsandbytes"):
         bits = four_bits(dtype) if form == "bitsandbytes-4bit" else eight_bits()
@@ -60,3 +59,15 @@ def export_model(source: Path, name: str, form: Format, target: Path) -> None:
         "versions": {package: version(package) for package in ("torch", "transformers", "bitsandbytes")},
     }
     (target / PROVENANCE).write_text(json.dumps(said, indent=2) + "\n")
+
+
+def require_unquantised(folder: Path, done: str) -> None:
+    """Raises ModelError where the weights of `folder` are rounded to few bits; `done` is what cannot be done."""
+    if "quantization_config" not in read_json(folder / "config.json"):
+        return
+    said = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    parent = said.get("parent", {}).get("name")
+    raise ModelError(
+        f"{folder} is quantised already and cannot be {done}; take the model that it was made of"
+        f"{f' ({parent})' if parent else ''}, and export what comes of it"
+    )

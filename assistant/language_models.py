@@ -8,6 +8,7 @@ from transformers.utils.chat_template_utils import jinja2, render_jinja_template
 
 from assistant.chat import IMAGE_TOKEN, PAD_TOKEN, user_message
 from assistant.checkpoint import load_model
+from assistant.exporting import require_unquantised
 from assistant.fusion import LANGUAGE_MODELS
 from assistant.models import PICKLED_WEIGHTS, ModelError, downloaded, local_folder, missing_weights
 
@@ -48,6 +49,7 @@ def load_language_model(
     Raises ModelError where it cannot be found, is damaged, or is of no family that can be joined.
     """
     folder = find_language_model(source)
+    require_unquantised(folder, "joined")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

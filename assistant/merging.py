@@ -25,6 +25,7 @@ from assistant.adapter_files import (
 from assistant.answering import Assistant, Request
 from assistant.bitsandbytes_weights import four_bits
 from assistant.checkpoint import convert_weights, load_llava, save_llava
+from assistant.exporting import require_unquantised
 from assistant.hashing import file_hash
 from assistant.log_probabilities import TOLERANCE, Arithmetic, Reading, apart, read
 from assistant.models import ModelError, read_json
@@ -66,6 +67,7 @@ def merge(adapter: Path, out: Path, requests: Sequence[Request], base: Path | No
         ModelError: adapter or base cannot be read, or do not belong together.
     """
     folder = base_of(adapter, base)
+    require_unquantised(folder, "merged into")
     adapted, processor = load_adapted(adapter, folder)
     stored = stored_arithmetic(folder)
     with written_aside(out) as aside:

@@ -6,24 +6,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
 from assistant.answering import Assistant, Request
 from assistant.checkpoint import convert_weights, load_llava
 from assistant.exporting import FORMATS, MEAN_TOLERANCE, export_model, largest_allowed
 from assistant.log_probabilities import read
-from assistant.models import ModelError
 from assistant.whole_folders import written_aside
 from serving.parity import Comparison, ParityError, Served, compare, fault_in, largest_of, mean_of
 from tests.test_serving_parity import Prompt, ask_transformers
 from tests.tiny import make_tiny_llava
 from training.check_questions import scene_requests
+from ui.command_line import app
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def quantised(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in int8."""
+    folder = tmp_path_factory.mktemp("quantised")
+    export_model(model, "tiny", "int8", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +125,31 @@ def test_what_is_beyond_the_tolerance_is_a_fault_and_so_is_what_is_no_number(req
     assert all((largest_allowed(form) is None) == (form in MEAN_TOLERANCE) for form in FORMATS)
 
 
-def test_a_quantised_model_is_not_exported_again(model: Path, tmp_path: Path) -> None:
-    export_model(model, "tiny", "int8", tmp_path / "once")
-    with pytest.raises(ModelError, match="is quantised already; export the model that it was made of"):
-        export_model(tmp_path / "once", "once", "bfloat16", tmp_path / "twice")
+@pytest.mark.parametrize(
+    ("command", "done"),
+    [
+        ("tune {model} --data {rows} --no-rehearsal", "taught"),
+        ("tune {model} --data {rows} --qlora --no-rehearsal", "taught"),
+        ("prefer {model} --no-rehearsal", "taught"),
+        ("reinforce {model} --no-rehearsal", "taught"),
+        ("join {model} --tiles 1x2", "changed"),
+        ("merge {adapter} --base {model}", "merged into"),
+        ("export {model} --format int8", "exported"),
+    ],
+)
+def test_a_quantised_model_is_served_and_nothing_else(command: str, done: str, quantised: Path, tmp_path: Path) -> None:
+    """Each command says in one line what to take in its place, and leaves nothing."""
+    scene_requests(1)[0].pictures[0].save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("image,question,answer\na.png,What is it?,red\n")
+    LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path="tiny").save_pretrained(
+        str(tmp_path / "adapter")
+    )
+    named = {"model": quantised, "rows": tmp_path / "rows.csv", "adapter": tmp_path / "adapter"}
+    words = [word.format(**named) for word in command.split()]
+    said = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "new")])
+    assert said.exit_code == 1, said.output
+    assert f"is quantised already and cannot be {done}; take the model that it was made of (tiny)" in said.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_is_written_aside_is_whole_or_not_there(tmp_path: Path) -> None:

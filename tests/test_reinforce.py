@@ -1,18 +1,22 @@
 """Learning from answers that are tried: rewards are exact, advantages the formula's, and what pays is done more."""
 
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from assistant.checkpoint import load_llava
 from training.config import RecipeError
+from training.evaluation.answers import normalised
 from training.preference_stages import ReinforceStage
 from training.reinforce import ReinforceTrainer, SceneQuestions, exact, reinforce_trainer, run_reinforce
+from training.reward_model import HEAD, HEAD_WEIGHT, RewardModel
 from training.stages import Workshop
 from ui.command_line import app
 
@@ -125,6 +129,27 @@ def test_a_run_on_exact_answers_leaves_adapter_and_model(tiny_model: Path, tmp_p
     assert (output / "adapter" / "adapter_model.safetensors").is_file() and (output / "model.safetensors").is_file()
     with pytest.raises(RecipeError, match=r"lora.targets: qkv"):
         run_reinforce(stage_on(tiny_model, lora={"targets": ["qkv"]}), Workshop(tmp_path, None))
+
+
+def test_a_judge_may_pay_in_place_of_exact_answers(tiny_model: Path, tmp_path: Path) -> None:
+    """Each attempt gets the judge's number, as when it is judged alone; whether it is right is counted, not paid."""
+    shutil.copytree(tiny_model, tmp_path / "judge")
+    stage = stage_on(tiny_model, judge=str(tmp_path / "judge"))
+    with pytest.raises(RecipeError, match=r"judge: .* is no reward model: it lacks reward_head.safetensors"):
+        reinforce_trainer(stage, Workshop(tmp_path, None), tmp_path / "reinforce")
+    head = torch.randn(1, load_llava(tiny_model)[0].config.text_config.hidden_size)
+    save_file({HEAD_WEIGHT: head}, tmp_path / "judge" / HEAD)
+    trainer, _ = reinforce_trainer(stage, Workshop(tmp_path, None), tmp_path / "reinforce")
+    rows = next(iter(trainer.get_train_dataloader()))
+    said = ["red", "blue", "", rows[3]["answer"], "a green ring", "two", "2", "left"]
+    completions = [[{"role": "assistant", "content": one}] for one in said]
+    paid = trainer._calculate_rewards(rows, [row["prompt"] for row in rows], completions, [[0]] * 8)
+    alone = RewardModel.load(tmp_path / "judge")
+    expected = [alone.rewards(row["question"], [one], row["images"][0])[0] for row, one in zip(rows, said, strict=True)]
+    assert len(set(expected)) == 8
+    torch.testing.assert_close(paid[:, 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert paid[:4, 1].tolist() == [float(normalised(one) == normalised(rows[0]["answer"])) for one in said[:4]]
+    assert trainer.reward_weights.tolist() == [1, 0]
 
 
 def test_a_kind_that_there_is_not_is_named(tiny_model: Path) -> None:

@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from assistant.models import find_model, read_json
 from training.adapters import LoraSettings
-from training.config import ConversationSource, PictureSource, Recipe, RecipeError, Schedule
+from training.config import PictureSource, Recipe, RecipeError, Schedule
 from training.data.preference_rows import open_preferences
 from training.preference_stages import PreferenceStage, ReinforceStage, RewardStage
-from training.teaching import EPOCHS, LONGEST, WARMUP, default_rate
+from training.teaching import (
+    EPOCHS,
+    LONGEST,
+    WARMUP,
+    conversation_source,
+    default_rate,
+    settings_of,
+    start_of,
+)
 
 Kind = Literal["preference", "reward", "reinforce"]
 # Of the rate that an adapter is tuned at: what a model prefers moves faster than what it knows, and too fast breaks it.
@@ -33,6 +40,7 @@ class AfterWish:
     downloads: bool = False
     scene_kinds: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
+    judge: str | None = None
     answers: int = 8
     temperature: float = 1.0
     beta: float | None = None
@@ -51,15 +59,12 @@ def after_tuning_recipe(wish: AfterWish) -> Recipe:
     """
     if wish.data is not None and wish.captions is not None:
         raise RecipeError("say --data or --captions, not both")
-    config = read_json(find_model(wish.model) / "config.json")
-    text = config.get("text_config", config)
-    bfloat16 = config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-    stored: Literal["float32", "bfloat16"] = "bfloat16" if bfloat16 else "float32"
+    text, stored = settings_of(wish.model)
     rank = wish.rank or 16
     said: dict[str, Any] = {
         "kind": wish.kind,
         "name": wish.kind,
-        "start_from": _start(wish.model),
+        "start_from": start_of(wish.model),
         "lora": LoraSettings(rank=rank, alpha=2 * rank),
         "still": stored,
         "schedule": _schedule(wish, int(text["hidden_size"])),
@@ -78,7 +83,8 @@ def after_tuning_recipe(wish: AfterWish) -> Recipe:
 
 def _stage(wish: AfterWish, said: dict[str, Any], longest: int) -> PreferenceStage | RewardStage | ReinforceStage:
     if wish.kind == "reinforce":
-        asked = {"scene_kinds": wish.scene_kinds, "questions": wish.questions}
+        judge = None if wish.judge is None else start_of(wish.judge)
+        asked = {"scene_kinds": wish.scene_kinds, "questions": wish.questions, "judge": judge}
         tried = {"answers": wish.answers, "temperature": wish.temperature}
         return ReinforceStage.model_validate(said | asked | tried)
     said |= {"longest": longest} | _sources(wish)
@@ -92,15 +98,8 @@ def _sources(wish: AfterWish) -> dict[str, Any]:
         return {"mixture": (PictureSource(captions=str(wish.captions.expanduser().absolute()), weight=1.0),)}
     if wish.data is None:
         return {"mixture": (PictureSource(scenes=SCENES, weight=1.0),)}
-    path = Path(wish.data).expanduser()
-    pairs = ConversationSource(
-        conversations=str(path.absolute()) if path.exists() else wish.data,
-        hub=not path.exists() and len(wish.data.split("/")) == 2 and not wish.data.startswith((".", "/")),
-        pictures=None if wish.pictures is None else str(Path(wish.pictures).expanduser().absolute()),
-        downloads=wish.downloads,
-        damaged=0.0,  # a person is told of every bad row
-    )
-    return {"pairs": (pairs,)}
+    # A person is told of every bad row.
+    return {"pairs": (conversation_source(wish.data, wish.pictures, wish.downloads, damaged=0.0),)}
 
 
 def _schedule(wish: AfterWish, width: int) -> Schedule:
@@ -123,13 +122,6 @@ def _schedule(wish: AfterWish, width: int) -> Schedule:
         save_every=max(1, steps // 4),
         seed=wish.seed,
     )
-
-
-def _start(model: str | None) -> str | None:
-    """The name or absolute path of the model, so that a run goes on from wherever it is called."""
-    if model is None or not Path(model).expanduser().is_dir():
-        return model
-    return str(Path(model).expanduser().absolute())
 
 
 def _data_in_words(wish: AfterWish) -> str:

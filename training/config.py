@@ -14,7 +14,7 @@ from training.adapters import LoraSettings
 from training.objectives.instruct import Part
 from training.preference_stages import PreferenceStage, ReinforceStage, RewardStage
 from training.recipe_parts import ConversationSource, PictureSource, Schedule, TextSource
-from training.strict import Strict
+from training.strict import Strict, faults_in
 
 __all__ = ["ConversationSource", "PictureSource", "Schedule", "TextSource"]
 
@@ -163,8 +163,7 @@ def check_settings(objective: str, settings: dict[str, Any]) -> Any:
     try:
         return module.Settings.model_validate(settings)
     except ValidationError as error:
-        lines = (f"settings.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{objective}: " + "; ".join(lines)) from error
+        raise ValueError(f"{objective}: {faults_in(error, 'settings', 'settings')}") from error
 
 
 class LanguageStage(Strict):
@@ -329,5 +328,4 @@ def read_recipe(name: str) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{file} is not YAML: {error}") from error
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"{file}: " + "; ".join(lines)) from error
+        raise RecipeError(f"{file}: {faults_in(error, 'the recipe')}") from error

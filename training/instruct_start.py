@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from assistant.checkpoint import load_llava
+from assistant.exporting import require_unquantised
 from assistant.fusion import join, squeeze_pictures, with_tiles
 from assistant.language_models import load_language_model
 from assistant.models import ModelError, find_model
@@ -79,6 +80,7 @@ def _joined(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[L
 
 def _loaded(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[Llava, Processor]:
     folder = find_model(named(str(stage.start_from)))
+    require_unquantised(folder, "taught")
     if stage.four_bits:
         model, processor = load_quantised(folder, torch.bfloat16 if _is_mixed(stage) else torch.float32)
     else:

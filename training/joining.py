@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from assistant.checkpoint import convert_weights, load_llava, save_llava
+from assistant.exporting import require_unquantised
 from assistant.fusion import calibrate_projector, join, with_tiles
 from assistant.language_models import load_language_model
 from assistant.models import find_model, read_json
@@ -77,6 +78,7 @@ def tile_model(model: str, tiles: Sequence[Grid], out: Path, seed: int = 1) -> i
     """
     torch.manual_seed(seed)
     folder = find_model(model)
+    require_unquantised(folder, "changed")
     loaded, processor = load_llava(folder)
     tiled, tiling = with_tiles(loaded, processor, tiles)
     stored = read_json(folder / "config.json").get("dtype")

@@ -15,7 +15,7 @@ from training.lessons import Lesson
 from training.preference_sets import pair_collator, preference_sets
 from training.preference_stages import PreferenceStage
 from training.stages import Workshop, samples_of
-from training.trl_run import TrlRun, finished, started
+from training.trl_run import TrlRun, run_and_export, started
 
 # trl takes only sets of its own kind, and looks for this column to know that there are pictures: ours holds places.
 PLACE = "images"
@@ -38,10 +38,7 @@ class PreferenceTrainer(TrlRun, DPOTrainer):
 def run_preference(stage: PreferenceStage, workshop: Workshop) -> dict[str, float]:
     """Train the adapter of `stage` and export it, alone and merged; returns the held-out scores."""
     folder = workshop.runs / stage.name
-    trainer, adapter = preference_trainer(stage, workshop, folder)
-    scores = trainer.run(folder)
-    finished(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), adapter, folder / "output")
-    return scores
+    return run_and_export(*preference_trainer(stage, workshop, folder), folder)
 
 
 def preference_trainer(stage: PreferenceStage, workshop: Workshop, folder: Path) -> tuple[PreferenceTrainer, Any]:

@@ -84,6 +84,9 @@ class ReinforceStage(_AdapterStage):
     scenes: int = Field(1_000_000, ge=1, description="how many different generated scenes")
     scene_kinds: tuple[SceneKind, ...] = Field((), description="scenes of these kinds only, all as often")
     questions: tuple[QuestionKind, ...] = Field((), description="questions of these kinds only")
+    judge: str | None = Field(
+        None, description="stage or folder of a reward model whose numbers are the reward; exact answers where unset"
+    )
     answers: int = Field(8, ge=2, description="that are tried for each question; schedule.batch_size counts questions")
     temperature: float = Field(1.0, gt=0, description="higher tries more unlikely answers")
     longest_answer: int = Field(12, ge=1, description="most tokens of an answer")

@@ -1,15 +1,18 @@
 """Let a LLaVA try answers where the right one is known, by group relative policy optimisation through trl."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from datasets import Dataset
+from PIL.Image import Image
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from assistant.chat import user_message
+from assistant.models import ModelError
 from assistant.tower_shapes import output_side
 from training.adapters import Adapter
 from training.arguments import arguments_of
@@ -19,9 +22,11 @@ from training.data.scenes import Scene, kind_of, make_scene
 from training.evaluation.answers import normalised
 from training.lesson_sets import HELD_OUT_SEED
 from training.preference_stages import ReinforceStage
+from training.reward_model import RewardModel
 from training.stages import Workshop, samples_of
-from training.trl_run import TrlRun, finished, started
+from training.trl_run import TrlRun, run_and_export, started
 
+Reward = Callable[..., list[float]]
 SCENES_KEPT = 64  # drawn ones: the answers to a question come one after the other and need the same picture
 MOST_EMPTY = 200  # scenes in a row without a question of the wanted kinds
 
@@ -32,6 +37,7 @@ class ReinforceTrainer(TrlRun, GRPOTrainer):
     names: ClassVar[Mapping[str, str]] = {
         "reward": "reward",
         "reward_std": "reward_spread",
+        "rewards/exact/mean": "right",
         "frac_reward_zero_std": "groups_alike",
         "kl": "kl",
         "entropy": "entropy",
@@ -51,23 +57,21 @@ class ReinforceTrainer(TrlRun, GRPOTrainer):
 def run_reinforce(stage: ReinforceStage, workshop: Workshop) -> dict[str, float]:
     """Train the adapter of `stage` and export it, alone and merged; returns the held-out scores."""
     folder = workshop.runs / stage.name
-    trainer, adapter = reinforce_trainer(stage, workshop, folder)
-    scores = trainer.run(folder)
-    finished(trainer.accelerator.unwrap_model(trainer.model).get_base_model(), adapter, folder / "output")
-    return scores
+    return run_and_export(*reinforce_trainer(stage, workshop, folder), folder)
 
 
 def reinforce_trainer(stage: ReinforceStage, workshop: Workshop, folder: Path) -> tuple[ReinforceTrainer, Adapter]:
     """What trains `stage`, and the adapter that it trains. Raises RecipeError before anything trains."""
     set_seed(stage.schedule.seed)
     model, processor, adapter = started(stage, workshop)
+    rewards = rewards_of(stage, workshop)
     side = output_side(processor.image_processor)
     asked = SceneQuestions(stage, side, 0), SceneQuestions(stage, side, HELD_OUT_SEED)
     questions = samples_of(stage.schedule)
     trainer = ReinforceTrainer(
         model=model,
-        reward_funcs=[exact],
-        args=grpo_arguments(stage, folder),
+        reward_funcs=list(rewards),
+        args=grpo_arguments(stage, folder, list(rewards.values())),
         train_dataset=asked[0].dataset(questions),
         eval_dataset=asked[1].dataset(stage.held_out_samples),
         processing_class=processor,
@@ -75,6 +79,35 @@ def reinforce_trainer(stage: ReinforceStage, workshop: Workshop, folder: Path) -
     )
     trainer.join_house(stage, folder, stage.schedule.batch_size * stage.schedule.accumulation * stage.answers)
     return trainer, adapter
+
+
+def rewards_of(stage: ReinforceStage, workshop: Workshop) -> dict[Reward, float]:
+    """What an answer is paid for, each with its weight; exact answers are counted also where a judge pays.
+
+    Raises RecipeError where the judge is none.
+    """
+    if stage.judge is None:
+        return {exact: 1.0}
+    try:
+        return {judged_by(RewardModel.load(workshop.output(stage.judge))): 1.0, exact: 0.0}
+    except ModelError as error:
+        raise RecipeError(f"stage {stage.name}: judge: {error}") from error
+
+
+def judged_by(judge: RewardModel) -> Reward:
+    """The numbers that `judge` gives: the answers to one question are read together."""
+
+    def judged(
+        completions: Sequence[Any], question: Sequence[str], images: Sequence[list[Image]], **unused: Any
+    ) -> list[float]:
+        rewards: list[float] = []
+        attempts = zip(completions, question, images, strict=True)
+        for (asked, _), some in groupby(attempts, lambda attempt: (attempt[1], id(attempt[2][0]))):
+            group = list(some)
+            rewards += judge.rewards(asked, [said[0]["content"] for said, _, _ in group], group[0][2][0])
+        return rewards
+
+    return judged
 
 
 def exact(completions: Sequence[Any], answer: Sequence[str], **unused: Any) -> list[float]:
@@ -96,7 +129,7 @@ class SceneQuestions:
         self._scene = lru_cache(SCENES_KEPT)(self._drawn)
 
     def dataset(self, count: int) -> Dataset:
-        """`count` questions as trl reads them: `prompt` (messages), `images` and `answer`, made when asked for."""
+        """`count` questions as trl reads them, each made when asked for; see `_rows`."""
         self.question(0)  # better now than in the middle of a run
         return Dataset.from_dict({"place": list(range(count))}).with_transform(self._rows)
 
@@ -123,12 +156,13 @@ class SceneQuestions:
         return {
             "prompt": [[user_message(question.question, 1)] for _, question in asked],
             "images": [[scene.image] for scene, _ in asked],
+            "question": [question.question for _, question in asked],
             "answer": [question.answer for _, question in asked],
         }
 
 
-def grpo_arguments(stage: ReinforceStage, folder: Path) -> GRPOConfig:
-    """What `stage` says, in trl's words: the clipped objective of Shao et al. 2024, eq. 3.
+def grpo_arguments(stage: ReinforceStage, folder: Path, weights: list[float]) -> GRPOConfig:
+    """What `stage` says, in trl's words: the clipped objective of Shao et al. 2024, eq. 3; `weights` of the rewards.
 
     The advantage of an answer is its reward less the mean of its group, over the group's standard deviation.
     """
@@ -147,4 +181,5 @@ def grpo_arguments(stage: ReinforceStage, folder: Path) -> GRPOConfig:
         epsilon=stage.clip,
         loss_type="grpo",
         scale_rewards="group",
+        reward_weights=weights,
     )

@@ -5,7 +5,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from assistant.models import find_model, read_json
 from training.adapters import LoraSettings
@@ -26,6 +26,7 @@ from training.teaching_card import kept_card
 from training.teaching_plan import TeachingPlan, measured_plan
 
 Mode = Literal["align", "full", "lora", "qlora"]
+Stored = Literal["float32", "bfloat16"]  # of what comes out: a model that is stored in float32 would leave rounded
 TRAINS: dict[Mode, tuple[Part, ...]] = {
     "align": ("projector",),
     "full": ("projector", "language"),
@@ -67,12 +68,8 @@ def teaching_recipe(wish: Wish) -> Recipe:
 
     Raises ModelError where the model, DataError where the data, and RecipeError where the wish is at fault.
     """
-    config = read_json(find_model(wish.model) / "config.json")
-    text = config.get("text_config", config)
-    stored: Literal["float32", "bfloat16"] = "float32"
-    if config.get("dtype", config.get("torch_dtype")) == "bfloat16":
-        stored = "bfloat16"
-    source = _source(wish)
+    text, stored = settings_of(wish.model)
+    source = conversation_source(wish.data, wish.pictures, wish.downloads)
     rows = len(recognise(source.conversations if source.hub else Path(source.conversations), source.split))
     batch = wish.batch_size or min(BATCH, rows)
     steps = _steps(wish, rows, batch)
@@ -92,13 +89,13 @@ def teaching_recipe(wish: Wish) -> Recipe:
     stage = InstructStage(
         kind="instruct",
         name=wish.mode,
-        start_from=_start(wish.model),
+        start_from=start_of(wish.model),
         trains=TRAINS[wish.mode],
         lora=LoraSettings(rank=wish.rank or 16, alpha=2 * (wish.rank or 16))
         if wish.mode in ("lora", "qlora")
         else None,
         four_bits=wish.mode == "qlora",
-        still=stored,  # a model that is stored in float32 would leave rounded
+        still=stored,
         longest=min(LONGEST, int(text["max_position_embeddings"])),
         conversations=(source,),
         replay=(PictureSource(scenes=REPLAYED_SCENES, weight=1.0),) if wish.replay else (),
@@ -164,18 +161,29 @@ def _steps(wish: Wish, rows: int, batch: int) -> int:
     return max(1, math.ceil((wish.epochs or EPOCHS) * rows / batch))
 
 
-def _start(model: str | None) -> str:
+def start_of(model: str | None) -> str:
     """The name or absolute path of the model, so that a run goes on from wherever it is called."""
     folder = find_model(model)
     return str(folder.absolute()) if model is None or Path(model).expanduser().is_dir() else model
 
 
-def _source(wish: Wish) -> ConversationSource:
-    path = Path(wish.data).expanduser()
+def settings_of(model: str | None) -> tuple[dict[str, Any], Stored]:
+    """What the config of `model` says of its language model, and how its weights are stored.
+
+    Raises ModelError where it is not there.
+    """
+    config = read_json(find_model(model) / "config.json")
+    bfloat16 = config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    return config.get("text_config", config), "bfloat16" if bfloat16 else "float32"
+
+
+def conversation_source(data: str, pictures: str | None, downloads: bool, **more: Any) -> ConversationSource:
+    """The rows of `data`, a file or a data set of the hub, with `more` that the source may say."""
+    path = Path(data).expanduser()
     return ConversationSource(
-        conversations=str(path.absolute()) if path.exists() else wish.data,
-        hub=not path.exists() and len(wish.data.split("/")) == 2 and not wish.data.startswith((".", os.sep)),
-        pictures=None if wish.pictures is None else str(Path(wish.pictures).expanduser().absolute()),
-        downloads=wish.downloads,
-        weight=1.0,
+        conversations=str(path.absolute()) if path.exists() else data,
+        hub=not path.exists() and len(data.split("/")) == 2 and not data.startswith((".", os.sep)),
+        pictures=None if pictures is None else str(Path(pictures).expanduser().absolute()),
+        downloads=downloads,
+        **more,
     )

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from peft import inject_adapter_in_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PrinterCallback
 
 from assistant.checkpoint import load_llava
+from assistant.exporting import require_unquantised
 from assistant.fusion import squeeze_pictures
 from assistant.models import JOEY, ModelError, find_model
 from assistant.projectors import Llava
@@ -43,6 +44,7 @@ def started(stage: AfterTuning, workshop: Workshop) -> tuple[Llava, Processor, A
     source = JOEY.absolute() if stage.start_from is None else workshop.named(stage.start_from)
     try:
         folder = find_model(source)
+        require_unquantised(folder, "taught")
         model, processor = load_llava(folder)
         squeeze_pictures(model, processor)
         name = str(Path(source).absolute()) if Path(source).is_dir() else str(source)
@@ -101,12 +103,18 @@ class TrlRun(CarefulTrainer):
         """trl would write a card beside every checkpoint; ours is written with the finished model."""
 
 
-def finished(model: nn.Module, adapter: Adapter, folder: Path) -> None:
-    """Export the adapter, and base and adapter as one model, into `folder`; on the main process alone."""
+def run_and_export(trainer: TrlRun, adapter: Adapter, folder: Path) -> dict[str, float]:
+    """Train to the end and write the adapter, and base and adapter as one model; returns the held-out scores.
+
+    All of it goes into `folder`, what comes out into its `output`.
+    """
+    scores = trainer.run(folder)
     state = PartialState()
     if state.is_main_process:
-        export_adapted(model, adapter, set(), folder)
+        model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+        export_adapted(model, adapter, set(), folder / "output")
     state.wait_for_everyone()
+    return scores
 
 
 def token_counts_of(batch: Mapping[str, Tensor]) -> tuple[int, int]:

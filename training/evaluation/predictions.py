@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from training.strict import faults_in
+
 NAMED = 3  # how many names an error lists
 
 
@@ -120,10 +122,7 @@ def _parsed(file: Path) -> Stored:
         try:
             prediction = Prediction.model_validate_json(line)
         except ValidationError as error:
-            fault = error.errors()[0]
-            raise PredictionError(
-                f"{file}, line {number}: {'.'.join(map(str, fault['loc'])) or 'the line'}: {fault['msg']}"
-            ) from error
+            raise PredictionError(f"{file}, line {number}: {faults_in(error, 'the line')}") from error
         if prediction.failed is not None:
             failed[prediction.id] = prediction.failed
         elif prediction.id in answered:

@@ -7,7 +7,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from training.data.scene_facts import SceneKind
-from training.strict import Strict
+from training.strict import Strict, faults_in
 
 TASKS = Path(__file__).parent / "tasks"
 TaskKind = Literal["captions", "words", "vqa", "choices", "yes_no", "true_false", "perplexity"]
@@ -103,5 +103,4 @@ def read_task(file: Path) -> Task:
     except yaml.YAMLError as error:
         raise TaskError(f"{file} is not YAML: {error}") from error
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc'])) or 'the task'}: {e['msg']}" for e in error.errors())
-        raise TaskError(f"{file}: " + "; ".join(lines)) from error
+        raise TaskError(f"{file}: {faults_in(error, 'the task')}") from error

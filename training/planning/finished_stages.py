@@ -18,6 +18,7 @@ from training.planning.runs import COLUMNS, Run, Runs, positive, rows_of
 from training.planning.subjects import Subjects
 from training.recipe import DONE
 from training.stages import Workshop
+from training.strict import faults_in
 
 # What may differ between runs of one law: how large, how long and how fast, and what changes no number.
 SHAPE = {"width", "layers", "heads", "drop_path", "layer_scale"}
@@ -77,9 +78,8 @@ def _settings(folder: Path) -> Stage:
     try:
         return TypeAdapter[Stage](Stage).validate_python(said)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{folder / DONE}: its settings are of another version: {where}: {first['msg']}") from error
+        faults = faults_in(error, "the stage")
+        raise DataError(f"{folder / DONE}: its settings are of another version: {faults}") from error
 
 
 class _Finished:

@@ -3,10 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
+from ui.commands import evaluating_options as options
 from ui.commands.shared import fail, plain_errors, stopping, tell
 
 if TYPE_CHECKING:
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from training.evaluation.measures import Wanted as WantedOfTower
 
 PANEL = "Pretrain and measure"
-ASSISTANTS, TOWERS, BOTH = "An assistant", "A vision tower", "Both"
-DEFAULT_TASK = "scenes"  # needs no data
-TOWER_BATCH, ASSISTANT_BATCH = 64, 16
 commands = typer.Typer()
 
 
@@ -26,153 +24,31 @@ commands = typer.Typer()
     "kangaroo evaluate runs/dino/model --train birds/train --test birds/test",
 )
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A folder or hub name (organisation/name) of an assistant or a tower, told apart by its "
-            "configuration; with --endpoint a model's name there.",
-            show_default="Joey, or Joey's embedder",
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A shipped task (scenes, flickr8k-captions, coco-yes-no, visual7w-choices, daquar-words, "
-            "nlvr-true-false, text-perplexity) or a .yaml file; again for more.",
-            show_default=DEFAULT_TASK,
-            rich_help_panel=ASSISTANTS,
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OTHER",
-            help="Compare with another model on the same questions: its folder, or the .json of an earlier report.",
-            rich_help_panel=ASSISTANTS,
-        ),
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Ask an OpenAI-compatible server. Example: http://localhost:8000/v1",
-            rich_help_panel=ASSISTANTS,
-        ),
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The environment variable with the server's key.", rich_help_panel=ASSISTANTS
-        ),
-    ] = None,
-    at_once: Annotated[
-        int, typer.Option(min=1, max=256, help="Questions on the way to the server.", rich_help_panel=ASSISTANTS)
-    ] = 8,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that the server has for an answer.", rich_help_panel=ASSISTANTS)
-    ] = 120.0,
-    retries: Annotated[
-        int,
-        typer.Option(
-            min=0, max=20, help="Tries after a failure that may pass, later and later.", rich_help_panel=ASSISTANTS
-        ),
-    ] = 5,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Score the answers in this file, and ask nobody.", rich_help_panel=ASSISTANTS
-        ),
-    ] = None,
-    partial: Annotated[
-        bool,
-        typer.Option("--partial", help="Score what is answered, where not all is.", rich_help_panel=ASSISTANTS),
-    ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="At most so many pictures (or texts) of a task.", rich_help_panel=ASSISTANTS),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Labelled pictures to learn from: a folder of labels' folders, or a shard.",
-            rich_help_panel=TOWERS,
-        ),
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Labelled pictures to name.", rich_help_panel=TOWERS)
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA", help="Pictures with captions: a .jsonl or .csv file, or a shard.", rich_help_panel=TOWERS
-        ),
-    ] = None,
-    features: Annotated[
-        Literal["pooled", "patches", "both"],
-        typer.Option(help="What probes read; patches is the mean over them.", rich_help_panel=TOWERS),
-    ] = "pooled",
-    neighbours: Annotated[
-        int, typer.Option(min=1, help="How many neighbours vote in kNN.", rich_help_panel=TOWERS)
-    ] = 20,
-    shots: Annotated[
-        str | None,
-        typer.Option(
-            help="Probe with so few pictures of each label too, drawn five times. Example: 1,5,10",
-            rich_help_panel=TOWERS,
-        ),
-    ] = None,
-    templates: Annotated[
-        Path | None,
-        typer.Option(
-            help="Wordings for zero-shot beside the usual ones: a file, one a line, {} where the label goes.",
-            rich_help_panel=TOWERS,
-        ),
-    ] = None,
-    features_folder: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="KANGAROO_FEATURES",
-            help="Where features are kept, so that the same pictures never go through the same tower twice.",
-            show_default="~/.cache/kangaroo/features",
-            rich_help_panel=TOWERS,
-        ),
-    ] = None,
-    keep: Annotated[
-        bool,
-        typer.Option("--keep/--no-keep", help="Keep features, and use those that were kept.", rich_help_panel=TOWERS),
-    ] = True,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="KANGAROO_DATA", help="The folder of the Parquet shards that are named.", rich_help_panel=BOTH
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Pictures, or questions, at once.",
-            show_default=f"{TOWER_BATCH}, or {ASSISTANT_BATCH} questions",
-            rich_help_panel=BOTH,
-        ),
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Run the model in bfloat16.", rich_help_panel=BOTH)] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the report into this file, as JSON; an assistant's answers are kept beside it.",
-            show_default="evaluations/MODEL.json for an assistant",
-            rich_help_panel=BOTH,
-        ),
-    ] = None,
-    page: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a page for the browser into this file: pictures, answers, errors.", rich_help_panel=BOTH
-        ),
-    ] = None,
+    model: options.ModelArgument = None,
+    task: options.TaskOption = None,
+    against: options.AgainstOption = None,
+    endpoint: options.EndpointOption = None,
+    api_key_env: options.ApiKeyEnvOption = None,
+    at_once: options.AtOnceOption = 8,
+    timeout: options.TimeoutOption = 120.0,
+    retries: options.RetriesOption = 5,
+    predictions: options.PredictionsOption = None,
+    partial: options.PartialOption = False,
+    limit: options.LimitOption = None,
+    train: options.TrainOption = None,
+    test: options.TestOption = None,
+    pairs: options.PairsOption = None,
+    features: options.FeaturesOption = "pooled",
+    neighbours: options.NeighboursOption = 20,
+    shots: options.ShotsOption = None,
+    templates: options.TemplatesOption = None,
+    features_folder: options.FeaturesFolderOption = None,
+    keep: options.KeepOption = True,
+    data: options.DataOption = None,
+    batch: options.BatchOption = None,
+    bf16: options.Bf16Option = False,
+    out: options.OutOption = None,
+    page: options.PageOption = None,
 ) -> None:
     """Measure a model. An assistant: captions, questions, choices, yes or no, true or false, perplexity.
 
@@ -195,8 +71,8 @@ def evaluate(
             server = EndpointSettings(endpoint, key=key, at_once=at_once, timeout=timeout, retries=retries)
         name = (model or "endpoint").replace("/", "-") if endpoint else name_of(model)
         out = out or Path("evaluations") / f"{name}.json"
-        tasks = tuple(task or (DEFAULT_TASK,))
-        size = batch or ASSISTANT_BATCH
+        tasks = tuple(task or (options.DEFAULT_TASK,))
+        size = batch or options.ASSISTANT_BATCH
         asked = Wanted(tasks, out, data, limit, partial, size, bf16, server, predictions, against)
         measure_assistant(model, asked, page)
         return
@@ -206,7 +82,7 @@ def evaluate(
 
     with plain_errors(DataError):
         wording = read_templates(templates) if templates else ()
-    wanted = OfTower(train, test, pairs, features, neighbours, batch or TOWER_BATCH, bf16, few, wording)
+    wanted = OfTower(train, test, pairs, features, neighbours, batch or options.TOWER_BATCH, bf16, few, wording)
     measure_tower(model, wanted, data, features_folder, keep, out, page)
 
 

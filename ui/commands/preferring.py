@@ -112,6 +112,14 @@ def reinforce(
     ask: Annotated[
         str | None, typer.Option(help="Kinds of questions, such as count,yes_no.", show_default="all")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Pay with the numbers of a judge that `kangaroo reward` trained.",
+            show_default="1 for the right answer",
+        ),
+    ] = None,
     answers: Annotated[int, typer.Option(min=2, help="Answers that are tried for each question.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.1, help="Higher tries more unlikely answers.")] = 1.0,
     beta: Annotated[
@@ -127,10 +135,11 @@ def reinforce(
 ) -> None:
     """Let a model try answers to questions about generated scenes, and make the right ones likelier (GRPO).
 
-    The reward is verifiable: 1 where an answer equals the right one, else 0. Run it again to go on.
+    The reward is verifiable: 1 where an answer equals the right one, else 0; or what a judge says. Run it again to go
+    on.
     """
     tried = {"answers": answers, "temperature": temperature, "beta": beta}
-    asked = {"scene_kinds": _listed(scenes), "questions": _listed(ask)}
+    asked = {"scene_kinds": _listed(scenes), "questions": _listed(ask), "judge": judge}
     size = {"steps": steps, "batch_size": batch, "learning_rate": rate, "rank": rank}
     run_after_tuning(dry_run, rehearsal, report, kind="reinforce", model=model, out=out, **asked, **tried, **size)
 
@@ -150,6 +159,7 @@ def run_after_tuning(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) 
     from training.after_tuning_wish import AfterWish, after_tuning_recipe
     from training.config import RecipeError
     from training.data.pictures import DataError
+    from training.strict import faults_in
     from training.teaching import rehearse, teach
     from training.teaching_plan import plan_table
 
@@ -158,8 +168,7 @@ def run_after_tuning(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) 
         try:
             recipe = after_tuning_recipe(AfterWish(**wish))
         except ValidationError as error:
-            lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise fail("; ".join(lines)) from error
+            raise fail(faults_in(error, "the stage")) from error
         Console().print(plan_table(plan_of(recipe, runs)))
         if dry_run:
             return
