@@ -113,7 +113,8 @@ class RemotePictures:
 
     def _read(self, url: str, answer: httpx.Response, deadline: float) -> bytes:
         content = bytearray()
-        for piece in answer.iter_raw(64 * 1024):
+        # As it comes: pieces of a set size would be waited for, however slowly they fill.
+        for piece in answer.iter_raw():
             content += piece
             if len(content) > self.limits.max_bytes:
                 raise PictureError(f"{url}: over the limit of {self.limits.max_bytes / 2**20:.3g} MiB.", 413)

@@ -34,7 +34,7 @@ class ChatService:
     picture_limits: PictureLimits
     pictures: SafePictures
     context_length: int | None
-    # Each open picture may take some 200 MB for a moment, so only few are opened at once.
+    # Threads that open pictures; how much they unpack at once is bounded by `SafePictures`.
     opening: anyio.CapacityLimiter
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -118,7 +118,7 @@ class RemoteEngine:
             return EngineState(Phase.LOADING, f"waiting for the engine at {self.base_url}")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            answer = httpx.get(f"{self.base_url}/v1/models", headers=headers, timeout=0.5, trust_env=False)
+            answer = look_at(f"{self.base_url}/v1/models", headers)
             names = [str(model["id"]) for model in answer.json()["data"]] if answer.status_code == 200 else []
         except (httpx.TransportError, ValueError, KeyError, TypeError):
             return EngineState(Phase.LOADING, f"the engine at {self.base_url} does not list its models")
@@ -317,12 +317,17 @@ def free_port() -> int:
 
 def answers(base_url: str) -> bool:
     """Whether the engine's health check passes."""
-    # A TLS context costs 24 ms of the cores that the engine starts on; without TLS there is nothing to verify.
-    verify = not base_url.startswith("http://")
     try:
-        return httpx.get(f"{base_url}/health", timeout=0.5, trust_env=False, verify=verify).status_code == 200
+        return look_at(f"{base_url}/health").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def look_at(url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
+    """What is there, within half a second. Raises httpx.TransportError."""
+    # A TLS context costs 24 ms of the cores that the engine runs on; without TLS there is nothing to verify.
+    verify = not url.startswith("http://")
+    return httpx.get(url, headers=headers, timeout=0.5, trust_env=False, verify=verify)
 
 
 def loading_stage(log: str) -> str:

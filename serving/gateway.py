@@ -1,6 +1,7 @@
 """Assemble the API in front of the engine."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
@@ -40,7 +41,7 @@ class GatewayLimits:
     picture: PictureLimits = field(default_factory=PictureLimits)
     body_bytes: int = 32 * 2**20
     body_seconds: float = 10.0
-    pictures_opened_at_once: int = 2
+    pictures_opened_at_once: int = max(2, os.cpu_count() or 2)
     files: FileLimits = field(default_factory=FileLimits)
     job: JobLimits = field(default_factory=JobLimits)
 

@@ -27,6 +27,7 @@ class Host:
     port: int
     trusted: ssl.SSLContext
     seen: list[tuple[str, str]] = field(default_factory=list)  # path and Host header of each request
+    trickled: int = 0  # pictures of /slow that were awaited to their end
 
     def url(self, path: str) -> str:
         return f"https://{HOST}:{self.port}{path}"
@@ -92,6 +93,7 @@ def _handler(host: Host) -> type[BaseHTTPRequestHandler]:
                     self.wfile.write(b"x")
                     self.wfile.flush()
                     time.sleep(0.1)
+                host.trickled += 1
             self.wfile.write(encoded() if self.path != "/large" else b"x" * 2_000_000)
 
         def log_message(self, *arguments: object) -> None:
@@ -137,6 +139,7 @@ def test_what_leads_elsewhere_or_is_too_large_is_not_kept(host: Host, tmp_path: 
 def test_a_picture_that_trickles_is_given_up(host: Host, tmp_path: Path) -> None:
     with pytest.raises(PictureError, match=r"within 0\.5 seconds|cannot be fetched"):
         host.fetcher(tmp_path, seconds=0.5).fetch(host.url("/slow"))
+    assert host.trickled == 0
 
 
 def test_a_certificate_of_another_name_is_not_trusted(host: Host, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from serving.protocols.common import Part, Text
+from serving.protocols.common import Part, Text, writable
 
 # The engine compiles the form before it answers. In xgrammar 0.2.8, which vLLM does it with, none within these bounds
 # took more than 0.3 s or 10 MB: counts up to a million in each other, 300 properties, a grammar of 1,000 alternatives.
@@ -16,8 +16,8 @@ MOST_GRAMMAR = 8_000
 
 
 def compilable(schema: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema itself. Raises ValueError where it is too large or too deep."""
-    if len(json.dumps(schema)) > MOST_SCHEMA_LETTERS:
+    """The JSON schema itself. Raises ValueError where it is too large or too deep, or cannot be passed on."""
+    if len(writable(json.dumps(schema, ensure_ascii=False))) > MOST_SCHEMA_LETTERS:
         raise ValueError(f"the JSON schema is longer than {MOST_SCHEMA_LETTERS:,} letters")
     level: list[Any] = [schema]
     for _ in range(MOST_SCHEMA_DEPTH):
