@@ -20,6 +20,8 @@ SECONDS_TO_CONNECT = 5.0
 SECONDS_FOR_NUMBERS = 5.0
 TRY_AGAIN = {"Retry-After": "5"}
 CHAT = "/v1/chat/completions"
+FAILURE = b'data: {"error"'  # how an event begins by which vLLM ends a stream that failed
+CUT_OFF = b"data: " + json.dumps(error_object(503, "The engine stopped in the middle of the answer.")).encode()
 JSON = TypeAdapter(dict[str, Any])
 
 
@@ -165,10 +167,9 @@ async def _relay(answer: httpx.Response, note: Note, wants_usage: bool) -> Async
                 told = told or bool(usage)
                 note.take_usage(usage)
             if events:
-                yield events
+                yield in_our_words(events)
     except httpx.TransportError:
-        failure = error_object(503, "The engine stopped in the middle of the answer.")
-        yield b"data: " + json.dumps(failure).encode() + b"\n\n"
+        yield CUT_OFF + b"\n\n"
     finally:
         if not told:
             note.take_usage({"completion_tokens": pieces})
@@ -186,6 +187,18 @@ async def _whole_events(answer: httpx.Response) -> AsyncIterator[bytes]:
             del rest[: end + 2]
     if rest:
         yield bytes(rest)
+
+
+def in_our_words(events: bytes) -> bytes:
+    """The events, with what the engine says of its own failures put as we say it: it may quote paths and traces."""
+    if FAILURE not in events:
+        return events
+    told = events.split(b"\n\n")
+    for place, event in enumerate(told):
+        if event.startswith(FAILURE):
+            code = json.loads(event.removeprefix(b"data: "))["error"].get("code")
+            told[place] = event if isinstance(code, int) and code < 500 else CUT_OFF
+    return b"\n\n".join(told)
 
 
 def _without_usage(events: bytes, wanted: bool) -> tuple[bytes, dict[str, Any]]:
