@@ -336,3 +336,32 @@ def test_words_of_the_data_neither_colour_nor_steer_the_terminal() -> None:
     shown = printable("[bold]x[/bold] \x1b[31m\x07\r\n\ttab \x9b naïve 東京 🦘")
     assert shown.plain == "[bold]x[/bold] \ufffd[31m\ufffd\ufffd\n\ttab \ufffd naïve 東京 🦘"
     assert shown.spans == []
+
+
+def test_a_program_reads_what_a_person_reads(folder: Path, model: Path) -> None:
+    lines, faults = with_twelve_faults(folder)
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    arguments = ["data", "check", str(folder / "data.jsonl"), "--model", str(model), "--longest", "300", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    (source,) = report["sources"]
+    assert report["stops"]
+    assert source["stops"]
+    assert (source["rows"], source["taught"]) == (ROWS, ROWS - len(faults))
+    assert {found["row"]: found["kind"] for found in source["findings"] if found["refuses"]} == faults
+    assert all(found["way_out"] and found["wrong"] and found["field"] for found in source["findings"])
+    assert 0 < source["learned_tokens"] < source["tokens"]
+
+
+@pytest.mark.parametrize("where", ["red.png", "https://example.org/red.png", "file:///etc/hostname", "../red.png"])
+def test_data_of_strangers_opens_no_file(folder: Path, judge: LessonJudge, where: str) -> None:
+    rows = []
+    for url in (data_url(), where):
+        asked = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "Red."}]})
+    source = write_lines(folder / "data.jsonl", rows)
+    opened = recognise(source)
+    check = check_data(opened, PictureFinder(opened.base, paths=False), judge)
+    assert [(finding.row, finding.fault.kind) for finding in check.findings] == [(2, "missing picture")]
+    assert "data URL" in check.findings[0].fault.wrong

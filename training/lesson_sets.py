@@ -76,7 +76,8 @@ def open_lessons(source: ConversationSource, data_folder: DataFolder, judge: Les
     remote = RemotePictures(DOWNLOADS.expanduser()) if source.downloads else None
     rows = open_conversations(source, data_folder)
     pictures = None if source.pictures is None else located(source.pictures, data_folder)
-    return ConversationLessons(rows, PictureFinder(rows.base, pictures, remote), judge, source.damaged)
+    finder = PictureFinder(rows.base, pictures, remote, source.paths)
+    return ConversationLessons(rows, finder, judge, source.damaged)
 
 
 def open_conversations(source: ConversationSource, data_folder: DataFolder) -> ConversationRows:

@@ -75,7 +75,7 @@ def open_rows(source: ConversationSource, data_folder: DataFolder, judge: Lesson
     remote = RemotePictures(DOWNLOADS.expanduser()) if source.downloads else None
     rows = read_rows_of(source, data_folder)
     pictures = None if source.pictures is None else located(source.pictures, data_folder)
-    opened = RowPreferences(rows, PictureFinder(rows.base, pictures, remote), judge, source.damaged)
+    opened = RowPreferences(rows, PictureFinder(rows.base, pictures, remote, source.paths), judge, source.damaged)
     opened.check()
     return opened
 

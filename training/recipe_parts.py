@@ -117,5 +117,6 @@ class ConversationSource(Strict):
     split: str = Field("train", description="split of a dataset")
     pictures: str | None = Field(None, description="folder that paths of pictures count from; the file's where unset")
     downloads: bool = Field(False, description="fetch pictures that are https addresses, and keep them")
+    paths: bool = Field(True, description="open pictures that rows name; else rows hold their pictures as data URLs")
     weight: float = Field(1.0, ge=0, description="share of the samples, relative to the other sources")
     damaged: float = Field(0.01, ge=0, le=1, description="share of rows that may be bad and is skipped; 0 is strict")

@@ -61,6 +61,9 @@ class Wish:
     replay: float = 0.0
     downloads: bool = False
     seed: int = 1
+    held_out: str | None = None
+    rate_times: float = 1.0  # of the learning rate, chosen or said
+    paths: bool = True  # else pictures are data URLs in the rows alone
 
 
 def teaching_recipe(wish: Wish) -> Recipe:
@@ -69,14 +72,17 @@ def teaching_recipe(wish: Wish) -> Recipe:
     Raises ModelError where the model, DataError where the data, and RecipeError where the wish is at fault.
     """
     text, stored = settings_of(wish.model)
-    source = conversation_source(wish.data, wish.pictures, wish.downloads)
+    source = conversation_source(wish.data, wish.pictures, wish.downloads, paths=wish.paths)
+    held_out: tuple[ConversationSource, ...] = ()
+    if wish.held_out is not None:
+        held_out = (conversation_source(wish.held_out, wish.pictures, wish.downloads, paths=wish.paths),)
     rows = len(recognise(source.conversations if source.hub else Path(source.conversations), source.split))
     batch = wish.batch_size or min(BATCH, rows)
     steps = _steps(wish, rows, batch)
     schedule = Schedule(
         steps=steps,
         batch_size=batch,
-        learning_rate=wish.learning_rate or default_rate(wish.mode, int(text["hidden_size"])),
+        learning_rate=wish.rate_times * (wish.learning_rate or default_rate(wish.mode, int(text["hidden_size"]))),
         final_rate=0.0,
         warmup_steps=math.ceil(WARMUP * steps),
         weight_decay=0.0,
@@ -98,6 +104,7 @@ def teaching_recipe(wish: Wish) -> Recipe:
         still=stored,
         longest=min(LONGEST, int(text["max_position_embeddings"])),
         conversations=(source,),
+        held_out_conversations=held_out,
         replay=(PictureSource(scenes=REPLAYED_SCENES, weight=1.0),) if wish.replay else (),
         replay_share=wish.replay or 0.1,
         held_out_samples=min(64, rows),

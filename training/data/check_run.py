@@ -1,5 +1,6 @@
 """Check one or two files of conversations as a person asks for it: progress, tables, page, and the good rows."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from assistant.remote_pictures import RemotePictures
 from training.data.check_page import Section, write_page
+from training.data.check_report import report_of
 from training.data.check_samples import shown_samples
 from training.data.check_terminal import check_summary, notes, sample_panel
 from training.data.data_check import Check, check_data, shared_pictures
@@ -34,6 +36,8 @@ class Wanted:
     show: int = 3
     page: Path | None = None
     fixed: Path | None = None
+    paths: bool = True
+    as_json: bool = False
 
 
 def run_check(wanted: Wanted, console: Console) -> bool:
@@ -44,13 +48,16 @@ def run_check(wanted: Wanted, console: Console) -> bool:
     judge, name = judge_for(wanted.model, wanted.longest)
     remote = RemotePictures(DOWNLOADS.expanduser()) if wanted.downloads else None
     opened = [recognise(source, wanted.split) for source in wanted.sources]
-    finders = [PictureFinder(rows.base, wanted.pictures, remote) for rows in opened]
+    finders = [PictureFinder(rows.base, wanted.pictures, remote, wanted.paths) for rows in opened]
     checks = [_checked(rows, finder, judge) for rows, finder in zip(opened, finders, strict=True)]
     for held_out in checks[1:]:
         held_out.findings += shared_pictures(checks[0], held_out)
-    console.print(f"Checked for the model {name}.", style="dim", markup=False)
-    for check, rows in zip(checks, opened, strict=True):
-        _say(console, check, rows, judge, wanted)
+    if wanted.as_json:
+        print(json.dumps(report_of(checks, name, wanted.strict)))
+    else:
+        console.print(f"Checked for the model {name}.", style="dim", markup=False)
+        for check, rows in zip(checks, opened, strict=True):
+            _say(console, check, rows, judge, wanted)
     if wanted.page is not None:
         sections = [
             Section(check, shown_samples(check, rows, judge, ON_THE_PAGE), finder)

@@ -12,10 +12,15 @@ DOWNLOADS = Path("~/.cache/kangaroo/pictures")  # where fetched pictures are kep
 
 
 class PictureFinder:
-    """Finds pictures relative to `base`, or to `folder` where one is given; https only where `remote` is."""
+    """Finds pictures relative to `base`, or to `folder` where one is given; https only where `remote` is.
 
-    def __init__(self, base: Path | None, folder: Path | None = None, remote: RemotePictures | None = None) -> None:
-        self.base, self.remote = folder or base, remote
+    Without `paths` a picture is one that the rows hold themselves: what others wrote must not open files of ours.
+    """
+
+    def __init__(
+        self, base: Path | None, folder: Path | None = None, remote: RemotePictures | None = None, paths: bool = True
+    ) -> None:
+        self.base, self.remote, self.paths = folder or base, remote, paths
 
     def content(self, reference: PictureReference) -> bytes | Path:
         """The bytes of a picture, or its file, which is there. Raises RowError where it cannot be had."""
@@ -25,12 +30,15 @@ class PictureFinder:
         try:
             if where.startswith("data:"):
                 return decode_data_url(where)
-            if where.lower().startswith(("https://", "http://")):
+            if self.paths and where.lower().startswith(("https://", "http://")):
                 return self._fetched(reference.field, where)
         except PictureError as error:
             raise RowError(
                 "damaged picture", reference.field, str(error).rstrip(".")[:300], "mend it or take it out"
             ) from error
+        if not self.paths:
+            way_out = "write the picture itself, as data:image/png;base64,..."
+            raise RowError("missing picture", reference.field, f"it is no data URL, but {where[:60]!r}", way_out)
         return self._file(reference.field, where)
 
     def key(self, reference: PictureReference) -> str:

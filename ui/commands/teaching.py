@@ -94,6 +94,9 @@ PicturesOption = Annotated[
 DownloadsOption = Annotated[
     bool, typer.Option("--allow-downloads", help="Fetch pictures that are https addresses, and keep them.")
 ]
+PathsOption = Annotated[
+    bool, typer.Option(help="Open pictures that rows name. Say --no-paths for data of people you do not know.")
+]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="3 epochs")]
 EpochsOption = Annotated[float | None, typer.Option(min=0.01, help="How often each row is seen.", show_default="3")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Lessons of a step.", show_default="8")]
@@ -105,6 +108,13 @@ RehearseOption = Annotated[bool, typer.Option(help="Try two steps from end to en
 ReportOption = Annotated[
     bool, typer.Option(help="Ask the models before and after, and write the model's card with what they answer.")
 ]
+HeldOutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--held-out", metavar="FILE", show_default="some of --data",
+        help="Conversations to validate on; all of --data is trained on then.",
+    ),
+]  # fmt: skip
 ReplayOption = Annotated[
     float, typer.Option(min=0, max=0.9, help="Share of generated scenes among the lessons, against forgetting.")
 ]
@@ -149,7 +159,11 @@ def tune(
     epochs: EpochsOption = None,
     batch: BatchOption = None,
     rate: RateOption = None,
+    rate_times: Annotated[float, typer.Option(min=0.001, help="Times the learning rate, usual or said.")] = 1.0,
     replay: ReplayOption = 0.0,
+    held_out: HeldOutOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 1,
+    paths: PathsOption = True,
     dry_run: DryRunOption = False,
     rehearsal: RehearseOption = True,
     report: ReportOption = True,
@@ -162,7 +176,8 @@ def tune(
     mode = "full" if full else "qlora" if qlora else "lora"
     asked = {"model": model, "data": data, "out": out, "pictures": pictures, "downloads": downloads}
     size = {"steps": steps, "epochs": epochs, "batch_size": batch, "learning_rate": rate, "rank": rank}
-    run_teaching(dry_run, rehearsal, report, mode=mode, replay=replay, **asked, **size)
+    size |= {"rate_times": rate_times, "replay": replay, "seed": seed}
+    run_teaching(dry_run, rehearsal, report, mode=mode, held_out=held_out, paths=paths, **asked, **size)
 
 
 def run_teaching(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) -> None:
@@ -233,6 +248,8 @@ def check_data(
     show: Annotated[int, typer.Option(min=0, max=50, help="How many rows are shown as the model reads them.")] = 3,
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     downloads: DownloadsOption = False,
+    paths: PathsOption = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Say all of it as one line of JSON, for programs.")] = False,
 ) -> None:
     """Check data for teaching before any training; exit code 1 when training would stop.
 
@@ -253,7 +270,7 @@ def check_data(
     from training.data.pictures import DataError
 
     sources = [file] if held_out is None else [file, held_out]
-    wanted = Wanted(sources, model, pictures, split, longest, downloads, strict, show, page, fixed)
+    wanted = Wanted(sources, model, pictures, split, longest, downloads, strict, show, page, fixed, paths, as_json)
     with plain_errors(ModelError, DataError), stopping("stopped; nothing was written."):
         stops = run_check(wanted, Console())
     raise typer.Exit(1 if stops else 0)
