@@ -287,6 +287,8 @@ def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     # A file in the person's current folder must not shadow a module of vLLM.
     environment["PYTHONSAFEPATH"] = "1"
+    # Set in many a container. vLLM's three processes would each compile its thousands of files anew, in every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     # In GiB; a CPU's default is half of the memory. A larger model may need more: the person's own setting wins.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return environment

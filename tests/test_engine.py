@@ -222,6 +222,11 @@ def test_the_key_is_not_on_the_command_line_and_new_each_time(tiny_model: Path) 
     assert vllm_environment(first.api_key, 1000)["VLLM_API_KEY"] == first.api_key
 
 
+def test_vllm_keeps_its_compiled_files_whatever_the_container_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in vllm_environment("key", 1000)
+
+
 def test_without_vllm_the_way_out_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="uv sync --extra"):
