@@ -47,6 +47,7 @@ class JobService:
         job_limits: JobLimits,
     ) -> None:
         self.data, self.model_name = data, model_name
+        self._takes_adapters = facts.takes_adapters
         self.files = FileStore(data, file_limits)
         self.records = JobRecords(data)
         self.runner = JobRunner(data, self.files, self.records, model_name, facts, shelf, job_limits)
@@ -65,6 +66,9 @@ class JobService:
         if request.model != self.model_name:
             message = f"The model `{request.model}` cannot be taught here; this server teaches `{self.model_name}`."
             raise ApiError(404, message, param="model", code="model_not_found")
+        if not self._takes_adapters:
+            message = f"The model `{self.model_name}` takes no adapters, which is how models are taught here."
+            raise ApiError(400, message, param="model", code="model_not_taught")
         waiting = [record for record in self.records.newest_of(owner) if not record.job.has_ended]
         if len(waiting) >= MOST_WAITING:
             raise ApiError(429, f"You have {len(waiting)} jobs that wait or run; let some end.", code="too_many_jobs")

@@ -1,5 +1,6 @@
 """Run one command of `kangaroo` for a job: behind everything else, on few threads, and never longer than the server."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,19 +20,25 @@ class JobProcess:
     """A running command. However this process ends, the command ends with it, and all that it started."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, output: Path, log: Path, niceness: int = NICEST) -> None:
-        """`arguments` are those of `kangaroo`, which runs in `folder` and writes into `output` and `log`."""
+        """`arguments` are those of `kangaroo`, which runs in `folder` and writes into `output` and `log`.
+
+        Raises BlockingIOError while one that wrote into the same log still ends: its server was killed just now.
+        """
         command = ["nice", "-n", str(niceness), sys.executable, "-m", "ui.command_line", *arguments]
         self.log = log
-        with output.open("wb") as answers, log.open("ab") as errors:
-            self._supervisor = subprocess.Popen(
-                [sys.executable, "-P", supervisor.__file__, str(os.getpid()), *command],
-                stdin=subprocess.PIPE,
-                stdout=answers,
-                stderr=errors,
-                cwd=folder,
-                env=job_environment(),
-                start_new_session=True,
-            )
+        with log.open("ab") as errors:
+            # It is the standard error of all that runs for the job, which hold on to it until the last has ended.
+            fcntl.flock(errors, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with output.open("wb") as answers:
+                self._supervisor = subprocess.Popen(
+                    [sys.executable, "-P", supervisor.__file__, str(os.getpid()), *command],
+                    stdin=subprocess.PIPE,
+                    stdout=answers,
+                    stderr=errors,
+                    cwd=folder,
+                    env=job_environment(),
+                    start_new_session=True,
+                )
 
     def code(self) -> int | None:
         """The exit code; over 128 where a signal ended it, None while it runs."""

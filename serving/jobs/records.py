@@ -65,10 +65,9 @@ class JobRecords:
             found = database.execute("SELECT document FROM jobs WHERE id = ?", (identity,)).fetchone()
         return None if found is None else JobRecord.model_validate_json(found[0])
 
-    def oldest(self, statuses: Collection[Status]) -> JobRecord | None:
-        """The job that was made first among those of `statuses`."""
-        found = self.all_of(statuses)
-        return found[0] if found else None
+    def oldest(self, status: Status, model: str) -> JobRecord | None:
+        """The job of `model` that was made first among those of this status."""
+        return next((record for record in self.all_of((status,)) if record.job.model == model), None)
 
     def all_of(self, statuses: Collection[Status]) -> list[JobRecord]:
         """The jobs of `statuses`, the oldest first."""

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,7 +66,8 @@ class JobFailedError(RuntimeError):
 class JobRunner:
     """Works through the jobs of a data folder: one is checked and one is trained at a time, the oldest first.
 
-    What ran when the server stopped goes on when it starts again, from its newest checkpoint.
+    What ran when the server stopped goes on when it starts again, from its newest checkpoint. Jobs of another model
+    than the one that is served wait until that is.
     """
 
     def __init__(
@@ -100,11 +101,15 @@ class JobRunner:
 
     async def _train_all(self) -> None:
         self._remove_leftovers()
+        for record in self.records.all_of(("validating_files", "queued", "running")):
+            if record.job.model != self.model_name:
+                words = f"This server serves {self.model_name} now; the job waits until {record.job.model} is served"
+                self.records.tell(record.job.id, words, "warn")
         await self._work_through(self._train, "running", "queued")
 
     async def _work_through(self, work: Callable[[JobRecord], Awaitable[None]], *statuses: Status) -> None:
         while True:
-            waiting = (self.records.oldest((status,)) for status in statuses)
+            waiting = (self.records.oldest(status, self.model_name) for status in statuses)
             record = next((found for found in waiting if found is not None), None)
             if record is None:
                 await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
@@ -141,7 +146,7 @@ class JobRunner:
         folder.folder.mkdir(mode=0o700, exist_ok=True)
         self.records.tell(job.id, f"Validating training file: {job.training_file}")
         arguments = check_arguments(record, self.model)
-        process = JobProcess(arguments, self.data.files, folder.report, folder.log, self.limits.niceness)
+        process = await self._started(arguments, self.data.files, folder.report, folder.log)
         code = await self._finished(process, record)
         if code is None:
             self._forget(record)
@@ -150,7 +155,8 @@ class JobRunner:
         for fault in faults_in(report or []):
             raise JobFailedError(f"invalid_{fault.param}", fault.message, fault.param)
         if code != 0 or report is None:
-            raise JobFailedError("invalid_training_file", why_it_failed(code, self._log_of(record)), "training_file")
+            kind = "invalid_training_file" if code == 1 else "check_failed"
+            raise JobFailedError(kind, self._without_paths(why_it_failed(code, self._log_of(record))), "training_file")
         for warning in warnings_in(report):
             self.records.tell(job.id, warning, "warn")
 
@@ -161,14 +167,11 @@ class JobRunner:
 
     async def _train(self, record: JobRecord) -> None:
         job, folder = record.job, self._folder(record)
-        if job.model != self.model_name:
-            message = f"this server serves {self.model_name} now, and the job is of {job.model}"
-            raise JobFailedError("model_changed", message, "model")
         if not (record.is_loading and folder.adapter.is_dir()):
             self._begin(record)
             self._check_room()
             arguments = tune_arguments(record, self.model, self.data.files, folder)
-            process = JobProcess(arguments, folder.folder, folder.said, folder.log, self.limits.niceness)
+            process = await self._started(arguments, folder.folder, folder.said, folder.log)
             code = await self._finished(process, record, StepTeller(self.records, record, folder.steps))
             if code is None:
                 self._forget(record)
@@ -197,6 +200,13 @@ class JobRunner:
         if free < needed:
             message = f"there is no room on the server's disk: {needed / GIB:.1f} GiB are needed, {free / GIB:.1f} free"
             raise JobFailedError("no_space", message)
+
+    async def _started(self, arguments: Sequence[str], where: Path, output: Path, log: Path) -> JobProcess:
+        while True:
+            try:
+                return JobProcess(arguments, where, output, log, self.limits.niceness)
+            except BlockingIOError:  # of a server that was killed a moment ago
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
 
     async def _finished(
         self, process: JobProcess, record: JobRecord, each_look: Callable[[], None] = lambda: None
