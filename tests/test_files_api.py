@@ -50,15 +50,21 @@ def client_of(address: str, key: str = "none") -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture
-def address(facts: ModelFacts, tmp_path: Path) -> Iterator[str]:
-    with files_served(facts, tmp_path / "data") as address:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def address(facts: ModelFacts, folder: Path) -> Iterator[str]:
+    """One for all tests that leave no file behind."""
+    with files_served(facts, folder) as address:
         yield address
 
 
 @pytest.fixture
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with client_of(address) as client:
+def client(facts: ModelFacts, tmp_path: Path) -> Iterator[openai.OpenAI]:
+    with files_served(facts, tmp_path / "data") as address, client_of(address) as client:
         yield client
 
 
@@ -121,9 +127,9 @@ def test_files_outlive_the_server(facts: ModelFacts, tmp_path: Path) -> None:
         (b"PAR1" + bytes(100), r"line 1 is not (JSON|UTF-8)"),
     ],
 )
-def test_a_line_that_is_no_row_is_named(address: str, tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_line_that_is_no_row_is_named(address: str, folder: Path, content: bytes, message: str) -> None:
     assert_refused(upload(address, content), 400, message, "file")
-    assert list((tmp_path / "data" / "files").iterdir()) == []
+    assert list((folder / "files").iterdir()) == []
 
 
 def test_a_form_that_is_wrong_is_refused(address: str) -> None:
@@ -133,6 +139,11 @@ def test_a_form_that_is_wrong_is_refused(address: str) -> None:
     assert_refused(httpx.post(post, data={"purpose": "fine-tune"}, trust_env=False), 400, "file", "file")
     assert_refused(httpx.post(post, files={"file": GOOD}, trust_env=False), 400, "purpose", "purpose")
     assert_refused(httpx.post(post, json={"purpose": "fine-tune"}, trust_env=False), 400, "file|purpose")
+    many = [("file", ("a.jsonl", GOOD))] * 3
+    assert_refused(httpx.post(post, files=many, data={"purpose": "fine-tune"}, trust_env=False), 400, "Too many files")
+    fields = {f"field{number}": "x" for number in range(30)}
+    assert_refused(upload(address, GOOD, **fields), 400, "Too many fields")
+    assert_refused(upload(address, GOOD, note="x" * 10_000), 400, "exceeded maximum size")
     text = {"file": (None, "no file"), "purpose": (None, "fine-tune")}
     assert_refused(httpx.post(post, files=text, trust_env=False), 400, "file", "file")
 
@@ -182,9 +193,11 @@ def test_names_are_names_alone(given: str | None, kept: str) -> None:
     assert plain_name(given) == kept
 
 
-def test_content_is_an_attachment_whatever_it_is_called(client: openai.OpenAI) -> None:
-    file = client.files.create(file=("ä page.html", io.BytesIO(GOOD)), purpose="fine-tune")
-    answer = client.files.with_raw_response.content(file.id)
+def test_content_is_an_attachment_whatever_it_is_called(address: str) -> None:
+    with client_of(address) as client:
+        file = client.files.create(file=("ä page.html", io.BytesIO(GOOD)), purpose="fine-tune")
+        answer = client.files.with_raw_response.content(file.id)
+        client.files.delete(file.id)
     assert answer.headers["content-type"].startswith("application/jsonl")
     assert answer.headers["content-disposition"].startswith("attachment; filename*=utf-8''")
     assert answer.headers["x-content-type-options"] == "nosniff"

@@ -1,17 +1,41 @@
 """`/v1/files`: upload, list, look at, fetch and delete the files that models are taught with."""
 
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import APIRouter, Depends, Form, Query
-from starlette.responses import FileResponse
+from fastapi import APIRouter, Depends, Form, Query, Request
+from fastapi.routing import APIRoute
+from starlette.responses import FileResponse, Response
 
 from serving.jobs.job_service import JobService, job_service, owner_of
 from serving.openapi import ERRORS
 from serving.protocols.errors import ErrorAnswer
 from serving.protocols.files import FileDeleted, FileUpload, StoredFile, StoredFiles
 
-router = APIRouter()
+
+class OneFileRequest(Request):
+    """A request whose form may hold one file and few short fields: all else of a large body would lie in memory."""
+
+    def form(self, *, max_files: int | float = 1, max_fields: int | float = 8, max_part_size: int = 4096) -> Any:
+        """As Starlette's, with limits of our own."""
+        return super().form(max_files=max_files, max_fields=max_fields, max_part_size=max_part_size)
+
+
+class OneFileRoute(APIRoute):
+    """A route that reads its form so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI's, on that request."""
+        handle = super().get_route_handler()
+
+        async def handle_one_file(request: Request) -> Response:
+            return await handle(OneFileRequest(request.scope, request.receive))
+
+        return handle_one_file
+
+
+router = APIRouter(route_class=OneFileRoute)
 Service = Annotated[JobService, Depends(job_service)]
 Owner = Annotated[str | None, Depends(owner_of)]
 MOST_LISTED = 10_000
