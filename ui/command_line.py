@@ -1,5 +1,6 @@
 """The command `kangaroo`: all commands together; each imports what it needs late, so that help is instant."""
 
+import logging
 from importlib.metadata import version
 from typing import Annotated
 
@@ -51,6 +52,8 @@ def kangaroo(
 
 def main() -> None:
     """The entry point of the command `kangaroo`."""
+    # Told at each start of a machine without a GPU: that another package would make 4-bit weights quicker there.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app(prog_name="kangaroo")
 
 
