@@ -25,7 +25,8 @@ from assistant.remote_pictures import RemotePictures, Resolve, addresses_of, is_
 
 SECONDS_TO_FETCH = 8.0
 FETCHES_AT_ONCE = 8
-MOST_BITMAP_PIXELS = 1_000_000
+SMALL_BITMAP = 3_000_000  # bytes
+MOST_UNPACKING = 16  # times the length of the file that was sent
 
 
 class RemoteHosts:
@@ -63,14 +64,15 @@ class RemoteHosts:
         return self._resolve(host, port)
 
 
-def url_for_engine(image: Image.Image) -> str:
-    """A data URL of the picture, with every pixel as it is.
+def url_for_engine(image: Image.Image, file_bytes: int) -> str:
+    """A data URL of the picture, with every pixel as it is; `file_bytes` is the length of the file that it came from.
 
     A PNG of 640 x 640 pixels takes 35 ms to write and the engine 12 ms to read, on the cores that generate; a bitmap
-    takes half a millisecond for either. Larger pictures are PNGs all the same: eight bitmaps of 1,000,000 pixels are as
-    much as a whole body may hold, and a small body may unpack to eight pictures that are four times as large.
+    takes half a millisecond for either. Only a picture that is large, and much larger than its file, is a PNG all the
+    same, which is small then too: or short bodies could fill the memory.
     """
-    if image.width * image.height <= MOST_BITMAP_PIXELS:
+    bitmap = 3 * image.width * image.height
+    if bitmap <= max(SMALL_BITMAP, MOST_UNPACKING * file_bytes):
         return encode_bitmap_url(image)
     return encode_data_url(image)
 
@@ -157,7 +159,7 @@ class SafePictures:
         picture = decode_data_url(source, self.limits) if isinstance(source, str) else source
         width, height = picture_size(picture, self.limits)
         with self._room.for_pixels(width * height):
-            url = url_for_engine(open_picture(picture, self.limits))
+            url = url_for_engine(open_picture(picture, self.limits), len(picture))
         self._keep(name, url)
         return url
 

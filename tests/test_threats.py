@@ -315,12 +315,15 @@ def test_the_same_picture_is_opened_once_and_comes_out_the_same(monkeypatch: pyt
     assert len(opened) == 2 + 50 + 1, "it was forgotten for newer ones"
 
 
-@pytest.mark.parametrize(("size", "kind"), [((41, 30), "bmp"), ((1_200, 900), "png")])
-def test_every_pixel_reaches_the_engine(size: tuple[int, int], kind: str) -> None:
-    noise = Image.effect_noise(size, 80)
-    picture = Image.merge(
-        "RGB", [noise, Image.linear_gradient("L").resize(size), noise.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
-    )
+@pytest.mark.parametrize(
+    ("size", "noise", "kind"), [((41, 30), 80, "bmp"), ((1_200, 900), 80, "bmp"), ((1_200, 900), 0, "png")]
+)
+def test_every_pixel_reaches_the_engine_and_short_files_do_not_become_long(
+    size: tuple[int, int], noise: int, kind: str
+) -> None:
+    grey = Image.effect_noise(size, noise)
+    ramp = Image.linear_gradient("L").resize(size)
+    picture = Image.merge("RGB", [grey, ramp, grey.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
     url = SafePictures(DEFAULT_LIMITS).safe_url(encoded(picture))
     assert url.startswith(f"data:image/{kind};base64,")
     assert open_picture(decode_data_url(url)).tobytes() == picture.tobytes()

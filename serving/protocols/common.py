@@ -10,8 +10,10 @@ MOST_TEXT = 1_000_000  # characters in one request
 
 def writable(text: str) -> str:
     """Refuse halves of surrogate pairs: JSON can spell them, but they are no characters and cannot be passed on."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("the text holds half a surrogate pair, which is no character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text holds half a surrogate pair, which is no character") from error
     return text
 
 
