@@ -6,8 +6,7 @@ from serving.adapter_check import AdapterRefused
 from serving.adapter_record import Adapter
 from serving.upstream import EngineGone, EngineRefusal, Upstream
 
-# vLLM's words: of a route that is not there, of an adapter whose folder is not, and of a name that it has already.
-NO_ROUTE = "Not Found"
+# vLLM's words of an adapter whose folder is not there, and of a name that it has already.
 NOT_THERE = "No adapter found for"
 ALREADY_LOADED = "has already been loaded"
 
@@ -26,7 +25,7 @@ async def give(adapter: Adapter, upstream: Upstream) -> bool:
         return False
     except EngineRefusal as error:
         said = str(error)
-        if said == NO_ROUTE:
+        if error.status == 404 and NOT_THERE not in said:
             raise AdapterRefused(
                 "the engine takes no adapters while it runs. `kangaroo serve` starts its own so that it does, for each "
                 "LLaVA that is not quantised; another vLLM does with --enable-lora, and "

@@ -30,7 +30,11 @@ class EngineGone(RuntimeError):
 
 
 class EngineRefusal(RuntimeError):
-    """The engine answered no; the message is its own."""
+    """The engine answered no; the message is its own where it has one."""
+
+    def __init__(self, status: int, said: str | None) -> None:
+        super().__init__(said or f"the engine answers {status}")
+        self.status = status
 
 
 class Upstream:
@@ -77,8 +81,7 @@ class Upstream:
         except httpx.TransportError as error:
             raise EngineGone(f"The engine does not answer {path}.") from error
         if answer.status_code != 200:
-            said = (_error_in(answer) or {}).get("message")
-            raise EngineRefusal(str(said or f"the engine answers {answer.status_code}"))
+            raise EngineRefusal(answer.status_code, (_error_in(answer) or {}).get("message"))
 
     async def post(self, request: Request, path: str, body: dict[str, Any]) -> Response:
         """Send `body` to the engine and relay what comes back, streamed when the engine streams it."""
