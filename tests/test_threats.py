@@ -22,10 +22,12 @@ from PIL import Image, PngImagePlugin
 import serving.pictures
 from assistant.images import DEFAULT_LIMITS, PictureLimits, decode_data_url, open_picture
 from assistant.models import find_model
+from serving.engine import RemoteEngine
 from serving.gateway import create_gateway
 from serving.model_folder import ModelFacts, read_model_folder
 from serving.pictures import RemoteHosts, SafePictures
 from tests.conftest import served
+from tests.faulty_server import Fault, faulty_server
 from tests.small_engine import SmallEngine, small_engine
 from tests.test_command_line import huge_png
 from tests.test_conversations_remote import HOST, Host, host  # noqa: F401 - `host` is a fixture
@@ -379,16 +381,46 @@ def said(content: object) -> bytes:
         said("x" * 2_000_000),
         json.dumps(question("x") | {"stop": ["x"] * 10_000}).encode(),
         json.dumps(question("x") | {"max_tokens": 10**9, "n": 10**6}).encode(),
+        json.dumps(json.loads(said("x")) | {"structured_outputs": {"json": {"const": "\udfff"}}}).encode(),
         said([{"type": "image_url"}]),
         said([{"type": "image_url", "image_url": {}}]),
         said([{"type": "image_url", "image_url": None}]),
     ],
-    ids=range(16),
+    ids=range(17),
 )  # fmt: skip
 def test_bad_bodies_are_refused(body: bytes, client: httpx.Client, engine: SmallEngine) -> None:
     engine.seen.clear()
     assert_refused(client.post(PATH, content=body, headers={"Content-Type": "application/json"}))
     assert engine.seen == []
+
+
+# What vLLM 0.32 says where xgrammar cannot compile a form, or no token is left that fits it.
+FAILED = Fault(500, {"error": {"message": "Internal server error", "type": "InternalServerError", "code": 500}})
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "minLength": -2}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "status"),
+    [
+        ({"response_format": FORM}, 400),
+        ({"structured_outputs": {"regex": r"[^\s\S]"}}, 400),
+        ({"response_format": {"type": "text"}}, 503),
+        ({}, 503),
+    ],
+)
+def test_a_form_that_the_engine_fails_on_is_the_request_s_fault(
+    form: dict[str, Any], status: int, facts: ModelFacts
+) -> None:
+    body = {"model": "joey", "messages": [{"role": "user", "content": "What?"}]} | form
+    with (
+        faulty_server(lambda question, tries: FAILED, models=("joey",)) as server,
+        served(create_gateway(RemoteEngine(server.url.removesuffix("/v1")), "joey", facts)) as address,
+    ):
+        answer = httpx.post(address + PATH, json=body, timeout=60, trust_env=False)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert ("cannot be fulfilled" in error["message"]) == (status == 400)
+    assert error["type"] == ("invalid_request_error" if status == 400 else "server_error")
 
 
 def test_a_body_of_64_megabytes_is_refused_whether_it_says_its_size_or_not(client: httpx.Client) -> None:
