@@ -17,9 +17,9 @@ from assistant.models import EMBEDDER, ModelError, read_json
 
 Format = Literal["bfloat16", "float32", "int8", "bitsandbytes-4bit", "bitsandbytes-8bit"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-# How far, in the mean over answered tokens, the log-probability may lie from the unquantised model's. Joey's exports lie
-# 0.004 to 0.013, 0.002 to 0.007 and 0.009 to 0.021 apart on scenes and photographs; a larger model has three to five
-# times as much room. Scales that are a row off lie 0.06 to 0.3 apart, halves of bytes that are swapped 6 to 9.
+# How far, in the mean over answered tokens, the log-probability may lie from the unquantised model's. On scenes and
+# photographs Joey's exports lie 0.004 to 0.013, 0.002 to 0.007 and 0.009 to 0.021 apart; for a larger model there is
+# three to five times as much room. Scales that are a row off lie 0.06 to 0.3 apart, swapped halves of bytes 6 to 9.
 MEAN_TOLERANCE: dict[Format, float] = {"int8": 0.04, "bitsandbytes-8bit": 0.03, "bitsandbytes-4bit": 0.1}
 
 
