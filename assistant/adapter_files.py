@@ -14,7 +14,7 @@ from transformers import LlavaProcessor
 
 from assistant.adapter_layouts import ADAPTER_CONFIG, PREFIX, read_adapter
 from assistant.checkpoint import load_llava, save_llava
-from assistant.hashing import weights_hash as weights_hash
+from assistant.hashing import weights_hash
 from assistant.models import ModelError, find_model, read_json
 from assistant.projectors import Llava
 

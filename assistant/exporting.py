@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
-from assistant.adapter_files import PROVENANCE, weights_hash
+from assistant.adapter_files import PROVENANCE
 from assistant.bitsandbytes_weights import eight_bits, four_bits
 from assistant.checkpoint import convert_weights, load_llava, save_llava
+from assistant.hashing import weights_hash
 from assistant.integer_weights import store_as_integers
 from assistant.log_probabilities import TOLERANCE, Arithmetic
 from assistant.models import EMBEDDER, ModelError, read_json

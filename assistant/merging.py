@@ -19,14 +19,13 @@ from assistant.adapter_files import (
     load_adapted,
     unproven_base,
     was_held_in,
-    weights_hash,
     why_only_merged,
 )
 from assistant.answering import Assistant, Request
 from assistant.bitsandbytes_weights import four_bits
 from assistant.checkpoint import convert_weights, load_llava, save_llava
 from assistant.exporting import require_unquantised
-from assistant.hashing import file_hash
+from assistant.hashing import file_hash, weights_hash
 from assistant.log_probabilities import TOLERANCE, Arithmetic, Reading, apart, read
 from assistant.models import ModelError, read_json
 from assistant.projectors import Llava

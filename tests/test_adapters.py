@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from assistant.adapter_files import ADAPTER, BASE, load_adapted, merge_adapter, weights_hash
+from assistant.adapter_files import ADAPTER, BASE, load_adapted, merge_adapter
 from assistant.checkpoint import load_llava
+from assistant.hashing import weights_hash
 from assistant.models import ModelError
 from assistant.projectors import Llava
 from tests.test_training import lessons

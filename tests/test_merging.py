@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import assistant.merging
-from assistant.adapter_files import ADAPTER, load_adapted, weights_hash
+from assistant.adapter_files import ADAPTER, load_adapted
 from assistant.answering import Assistant, Request
 from assistant.checkpoint import convert_weights
+from assistant.hashing import weights_hash
 from assistant.log_probabilities import TOLERANCE, apart
 from assistant.merging import MergeError, merge
 from assistant.models import ModelError
