@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,8 +20,9 @@ from assistant.plain_text import PlainText
 from serving.engine import EngineState, LocalEngine, Phase, RemoteEngine
 from serving.gateway import GatewayLimits, create_gateway
 from serving.listening import ListenError, listen
+from serving.model_folder import read_model_folder
 from tests.conftest import MODEL_NAME, gateway_client, served
-from tests.small_engine import SmallEngine
+from tests.small_engine import SmallEngine, small_engine
 
 PATH = "/v1/chat/completions"
 
@@ -249,6 +251,26 @@ def test_bad_fields_are_refused_fast(
     answer = gateway.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert time.monotonic() - started < 2
     assert_refused(answer, status, message, param)
+
+
+def test_the_tokens_of_a_short_prompt_may_be_weighed(tiny_model: Path) -> None:
+    """They are asked of the engine as they are; what would cost it too much, or be streamed, never comes there."""
+    shown = [picture(), text("What is it?")]
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"prompt_logprobs": 6}, "less than or equal to 5"),
+        ({"prompt_logprobs": -1}, "greater than or equal to 0"),
+        ({"prompt_logprobs": 0, "stream": True}, "not streamed"),
+        ({"prompt_logprobs": 0, "content": "x" * 4_001}, "one picture and 4,000 characters"),
+        ({"prompt_logprobs": 0, "content": [picture(), picture()]}, "one picture and 4,000 characters"),
+    ]
+    with small_engine() as behind, gateway_client(behind, read_model_folder(tiny_model)) as client:
+        weighed = client.post(PATH, json=request(shown, prompt_logprobs=0, add_generation_prompt=False))
+        assert weighed.status_code == 200, weighed.text
+        assert (behind.seen[-1]["prompt_logprobs"], behind.seen[-1]["add_generation_prompt"]) == (0, False)
+        for fields, message in refused:
+            content = fields.pop("content", shown)
+            assert_refused(client.post(PATH, json=request(content, **fields)), 400, message)
+    assert len(behind.seen) == 1
 
 
 @pytest.mark.parametrize(

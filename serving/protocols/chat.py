@@ -4,9 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from serving.protocols.common import MOST_MESSAGES, Message, Part, Text, check_length
+from serving.protocols.common import MOST_MESSAGES, Message, Part, PicturePart, Text, check_length
 from serving.protocols.structured import ResponseFormat, StructuredOutputs, TextFormat
 
+MOST_WEIGHED = 4_000  # characters of a prompt whose own tokens are weighed
 # Clients send these along; they change nothing here and stay here.
 KEPT_HERE = frozenset(
     {
@@ -76,6 +77,8 @@ class ChatRequest(Part):
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    add_generation_prompt: bool | None = None
     # See KEPT_HERE.
     user: Text | None = None
     safety_identifier: Text | None = None
@@ -98,12 +101,25 @@ class ChatRequest(Part):
         most = self.max_completion_tokens or self.max_tokens
         if most is not None and (self.min_tokens or 0) > most:
             raise ValueError("min_tokens is larger than max_tokens")
+        if self.prompt_logprobs is not None:
+            self._check_weighing()
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("give response_format or structured_outputs, not both")
         if self.allowed_token_ids is not None and self.has_form():
             # No token may be both allowed and of the form, and vLLM 0.32 fails then.
             raise ValueError("allowed_token_ids do not go with response_format or structured_outputs")
         return self
+
+    def _check_weighing(self) -> None:
+        """Raises ValueError where the tokens of the prompt cannot be weighed.
+
+        For each of them the engine holds a number for every word that it knows, so such prompts are short.
+        """
+        if self.stream:
+            raise ValueError("prompt_logprobs are not streamed; leave stream out")
+        pictures = sum(isinstance(part, PicturePart) for message in self.messages for part in message.parts())
+        if pictures > 1 or sum(len(message.text()) for message in self.messages) > MOST_WEIGHED:
+            raise ValueError(f"prompt_logprobs are given of one picture and {MOST_WEIGHED:,} characters at most")
 
     def has_form(self) -> bool:
         """Whether the answer is held to a form."""

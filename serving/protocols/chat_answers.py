@@ -32,6 +32,7 @@ class ChatAnswer(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 class ResponsesAnswer(BaseModel):
