@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from training.config import (
 )
 from training.data.recognise import recognise
 from training.objectives.instruct import Part
+from training.ranks import dividing, passing_folder, share_of
 from training.recipe import run_recipe
 from training.stages import Workshop, prepared_lessons
 from training.teaching_card import kept_card
@@ -77,11 +77,11 @@ def teaching_recipe(wish: Wish) -> Recipe:
     if wish.held_out is not None:
         held_out = (conversation_source(wish.held_out, wish.pictures, wish.downloads, paths=wish.paths),)
     rows = len(recognise(source.conversations if source.hub else Path(source.conversations), source.split))
-    batch = wish.batch_size or min(BATCH, rows)
+    batch = wish.batch_size or dividing(min(BATCH, rows))
     steps = _steps(wish, rows, batch)
     schedule = Schedule(
         steps=steps,
-        batch_size=batch,
+        batch_size=share_of(batch),
         learning_rate=wish.rate_times * (wish.learning_rate or default_rate(wish.mode, int(text["hidden_size"]))),
         final_rate=0.0,
         warmup_steps=math.ceil(WARMUP * steps),
@@ -131,13 +131,13 @@ def plan_of(recipe: Recipe, runs: Path) -> TeachingPlan:
     return measured_plan(objective, stage, lessons)
 
 
-def rehearse(recipe: Recipe) -> None:
+def rehearse(recipe: Recipe, runs: Path) -> None:
     """Two tiny steps of `recipe` from loading to the exported model, in a folder that is gone afterwards.
 
     Raises whatever the run itself would, minutes or hours earlier.
     """
-    with tempfile.TemporaryDirectory(prefix="kangaroo-rehearsal-") as folder:
-        run_recipe(rehearsal(recipe), None, Path(folder))
+    with passing_folder("kangaroo-rehearsal-", runs) as folder:
+        run_recipe(rehearsal(recipe), None, folder)
 
 
 def teach(recipe: Recipe, runs: Path) -> Path:

@@ -15,6 +15,7 @@ from training.arguments import has_fast_bf16
 from training.config import InstructStage
 from training.objective import total_loss
 from training.objectives.instruct import PREFIXES, InstructObjective, Lesson
+from training.ranks import met
 from training.trainer import freeze_all_but
 
 ADAM_BYTES = 8  # of a trained weight: two moments in float32
@@ -64,11 +65,12 @@ def measured_plan(objective: InstructObjective, stage: InstructStage, lessons: D
         seconds, saved = _forward_and_back(objective, batch, schedule.bf16, device)
         kept = max(kept, saved)
     objective.zero_grad(set_to_none=True)
+    shares = schedule.accumulation * met().num_processes  # of a step; every process looks at its own first lessons
     return TeachingPlan(
         parts=tuple(parts_of(objective)),
-        samples=schedule.batch_size * schedule.accumulation,
-        tokens=tokens * schedule.accumulation // 2,
-        supervised=supervised * schedule.accumulation // 2,
+        samples=schedule.batch_size * shares,
+        tokens=tokens * shares // 2,
+        supervised=supervised * shares // 2,
         steps=schedule.steps,
         held_bytes=held_bytes(objective),
         kept_bytes=kept,

@@ -175,7 +175,7 @@ def run_after_tuning(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) 
         with stopping(GOES_ON):
             if rehearsal:
                 tell("rehearsing two steps ...")
-                rehearse(recipe)
+                rehearse(recipe, runs)
             model = teach(recipe, runs)
         print(f"The model is in {model}; its adapter alone, for peft and vLLM: {model / 'adapter'}")
         if report:

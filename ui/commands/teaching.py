@@ -187,21 +187,26 @@ def run_teaching(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) -> N
     from assistant.models import ModelError
     from training.config import RecipeError
     from training.data.pictures import DataError
+    from training.ranks import met
     from training.teaching import Wish, plan_of, rehearse, teach, teaching_recipe
     from training.teaching_plan import plan_table
     from training.teaching_report import report_teaching
 
     runs = wish["out"].absolute().parent
+    speaks = met().is_main_process  # one of several processes speaks for all
     with plain_errors(RecipeError, DataError, ModelError):
         recipe = teaching_recipe(Wish(**wish))
-        Console().print(plan_table(plan_of(recipe, runs)))
+        Console(quiet=not speaks).print(plan_table(plan_of(recipe, runs)))
         if dry_run:
             return
         with stopping(GOES_ON):
             if rehearsal:
-                tell("rehearsing two steps ...")
-                rehearse(recipe)
+                if speaks:
+                    tell("rehearsing two steps ...")
+                rehearse(recipe, runs)
             model = teach(recipe, runs)
+    if not speaks:
+        return
     print(f"The model is in {model}. Chat with it: kangaroo chat {model}")
     if (model / "adapter").is_dir():
         print(f"Its adapter alone, for peft and vLLM: {model / 'adapter'}")
