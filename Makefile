@@ -18,12 +18,13 @@ chat: setup ## chat with Joey in the browser
 	@$(BIN)/kangaroo chat $(ARGS)
 
 # Two threads in each of two processes wait for each other on two cores: with one each, the tests take 0.6 of the time.
+# Many tests start programs of ours, which would compile all modules anew where Python may not write beside them.
 test: ## ruff, mypy and the tests, with real vLLM and a real browser
 	@scripts/setup.sh browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## ruff and mypy alone
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from serving.doors import Doors
 from serving.engine import Engine, LocalEngine, RemoteEngine, free_port
 from serving.gateway import create_gateway
 from serving.listening import listen
@@ -32,11 +33,11 @@ OTHER_REQUESTS = 31
 
 
 @contextmanager
-def served_page(engine: Engine, facts: ModelFacts) -> Iterator[str]:
+def served_page(engine: Engine, facts: ModelFacts, doors: Doors | None = None) -> Iterator[str]:
     """The gateway over `engine`, with the page on it, in a thread of this process; gives its address."""
     with listen("127.0.0.1", 0) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        app = create_gateway(engine, MODEL_NAME, facts)
+        app = create_gateway(engine, MODEL_NAME, facts, doors=doors)
         attach_page(app, build_page(f"{address}/v1", api_key=None, model_name=MODEL_NAME))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

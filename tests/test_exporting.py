@@ -17,7 +17,7 @@ from assistant.exporting import FORMATS, MEAN_TOLERANCE, export_model, largest_a
 from assistant.log_probabilities import read
 from assistant.whole_folders import written_aside
 from serving.parity import Comparison, ParityError, Served, compare, fault_in, largest_of, mean_of
-from tests.test_serving_parity import Prompt, ask_transformers
+from tests.test_serving_parity import ask_transformers, question_about
 from tests.tiny import make_tiny_llava
 from training.check_questions import scene_requests
 from ui.command_line import app
@@ -56,7 +56,7 @@ def test_floats_are_the_models_own_rounded_once(form: str, model: Path, tmp_path
 def test_an_export_is_read_by_transformers_alone(model: Path, request_: Request, tmp_path: Path) -> None:
     """With no code of ours: the same greedy answer, and the same likelihoods."""
     export_model(model, "tiny", "float32", tmp_path)
-    prompt = Prompt(request_.question, list(request_.pictures))
+    prompt = question_about(request_.question, request_.pictures)
     one, other = (
         ask_transformers(
             AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder), prompt
@@ -68,7 +68,7 @@ def test_an_export_is_read_by_transformers_alone(model: Path, request_: Request,
 
 def test_a_reading_is_what_generation_gives_step_by_step(model: Path, request_: Request) -> None:
     """The outside witness of the one pass: transformers' own generation, with its own logits at each step."""
-    prompt = Prompt(request_.question, list(request_.pictures))
+    prompt = question_about(request_.question, request_.pictures)
     expected = ask_transformers(
         AutoModelForImageTextToText.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model), prompt
     )

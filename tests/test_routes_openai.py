@@ -188,6 +188,12 @@ def test_one_of_some_choices_and_a_grammar(api: openai.OpenAI) -> None:
         {"structured_outputs": {"regex": "(("}},
         {"structured_outputs": {"grammar": "root ::= nothing"}},
         {"structured_outputs": {"grammar": "this is no grammar"}},
+        {"structured_outputs": {"grammar": "root ::= root"}},
+        {"structured_outputs": {"regex": r"[^\s\S]"}},
+        {"structured_outputs": {"json": {"type": "string", "minLength": -2}}},
+        {"structured_outputs": {"json": {"$ref": "#"}}},
+        {"structured_outputs": {"json": {"type": "string", "pattern": r"[^\s\S]"}}},
+        {"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}},
     ],
 )
 def test_a_form_that_is_none_is_refused_and_the_next_request_answered(fields: Any, api: openai.OpenAI) -> None:
@@ -207,6 +213,7 @@ def test_a_form_that_is_none_is_refused_and_the_next_request_answered(fields: An
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "exactly one"),
         ({"structured_outputs": {"json": {"description": "x" * 17_000}}}, "longer than 16,384"),
         ({"structured_outputs": {"json": {"a": json.loads("[" * 40 + "]" * 40)}}}, "nested"),
+        ({"structured_outputs": {"json": {"const": "\ud800"}}}, "surrogate"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "not both"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "Field required"),

@@ -1,6 +1,6 @@
 """What is served is what was trained: answers through the gateway equal transformers', token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,36 @@ QUESTIONS = [
 ]
 
 
+Turn = tuple[str, list[str | Image.Image]]  # who says it, and texts and pictures in their order
+
+
 @dataclass(frozen=True)
 class Prompt:
-    question: str
-    pictures: list[Image.Image]
+    """A conversation whose last turn is a question."""
+
+    turns: list[Turn]
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [part for _, parts in self.turns for part in parts if isinstance(part, Image.Image)]
+
+    def messages(self, shown: Callable[[Image.Image], dict[str, Any]]) -> list[dict[str, Any]]:
+        """As chat takes it, with pictures as `shown` makes them."""
+        return [
+            {
+                "role": role,
+                "content": [{"type": "text", "text": part} if isinstance(part, str) else shown(part) for part in parts],
+            }
+            for role, parts in self.turns
+        ]
 
     def __str__(self) -> str:
-        return f"{self.question} ({len(self.pictures)} pictures)"
+        return f"{self.turns[-1][1][-1]} ({len(self.turns)} turns, {len(self.pictures)} pictures)"
+
+
+def question_about(question: str, pictures: Sequence[Image.Image]) -> Prompt:
+    """One turn: the pictures, and a question behind them."""
+    return Prompt([("user", [*pictures, question])])
 
 
 @dataclass(frozen=True)
@@ -58,14 +81,35 @@ class Answer:
 
 
 def prompts() -> list[Prompt]:
-    """8 questions with each of 0, 1 and 2 pictures: scenes that no training has seen, and odd sizes among them."""
+    """8 questions with each of 0, 1 and 2 pictures, and 10 conversations with 0 to 4.
+
+    The pictures are scenes that no training has seen, and odd sizes among them.
+    """
     scenes = [make_scene(EVALUATION_SEED + number).image for number in range(16)]
     scenes[0] = scenes[0].resize((317, 93))
     scenes[1] = scenes[1].resize((64, 400))
     made = []
     for number, question in enumerate(QUESTIONS):
-        made += [Prompt(question, scenes[2 * number : 2 * number + count]) for count in (0, 1, 2)]
+        for count in (0, 1, 2):
+            made.append(question_about(question, scenes[2 * number : 2 * number + count]))
+    for number in range(10):
+        made.append(conversation(number, scenes[number : number + number % 5]))
     return made
+
+
+def conversation(number: int, pictures: Sequence[Image.Image]) -> Prompt:
+    """Three questions and two answers; the pictures are spread over the questions, other ones for each `number`."""
+    asked: list[list[str | Image.Image]] = [[], [], []]
+    for place, picture in enumerate(pictures):
+        asked[(place + number) % 3].append(picture)
+    for turn, parts in enumerate(asked):
+        parts.append(QUESTIONS[(number + turn) % len(QUESTIONS)])
+    turns: list[Turn] = [("system", ["Answer briefly."])] if number % 2 else []
+    for parts, said in zip(asked, ("A red circle and a blue square.", "Two.", None), strict=True):
+        turns.append(("user", parts))
+        if said is not None:
+            turns.append(("assistant", [said]))
+    return Prompt(turns)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +135,9 @@ def served_answers(model: Path, dtype: Dtype) -> Iterator[list[Answer]]:
 
 
 def ask_gateway(client: httpx.Client, prompt: Prompt) -> Answer:
-    pictures = [{"type": "image_url", "image_url": {"url": encode_data_url(picture)}} for picture in prompt.pictures]
-    content: list[dict[str, Any]] = [*pictures, {"type": "text", "text": prompt.question}]
-    body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": content}], "max_tokens": MOST_TOKENS}
-    body |= {"temperature": 0, "logprobs": True, "top_logprobs": TOP, "return_token_ids": True}
+    messages = prompt.messages(lambda picture: {"type": "image_url", "image_url": {"url": encode_data_url(picture)}})
+    body: dict[str, Any] = {"model": MODEL_NAME, "messages": messages, "max_tokens": MOST_TOKENS, "temperature": 0}
+    body |= {"logprobs": True, "top_logprobs": TOP, "return_token_ids": True}
     answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     choice = answer.json()["choices"][0]
@@ -116,9 +159,8 @@ def reference_answers(model: Path, dtype: Dtype) -> list[Answer]:
 
 
 def ask_transformers(model: Any, processor: Any, prompt: Prompt) -> Answer:
-    content: list[dict[str, Any]] = [{"type": "image"}] * len(prompt.pictures)
-    content.append({"type": "text", "text": prompt.question})
-    words = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    messages = prompt.messages(lambda picture: {"type": "image"})
+    words = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=prompt.pictures or None, text=words, add_special_tokens=False, return_tensors="pt")
     if prompt.pictures:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -183,7 +225,7 @@ def test_log_probabilities_agree(served_answers: list[Answer], reference_answers
 def test_answers_depend_on_the_picture(served_answers: list[Answer]) -> None:
     """Or all of the above would prove nothing about pictures."""
     differ = 0
-    for number in range(0, len(served_answers), 3):
+    for number in range(0, 3 * len(QUESTIONS), 3):
         without, one, two = (answer.logprobs for answer in served_answers[number : number + 3])
         differ += without != one and one != two
     assert differ == len(QUESTIONS)

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from serving.engine import LocalEngine
 from tests.conftest import SECONDS_TO_START, gateway_client
-from tests.test_serving_parity import MODEL_NAME, Answer, Prompt, ask_gateway, ask_transformers
+from tests.test_serving_parity import MODEL_NAME, Answer, Prompt, ask_gateway, ask_transformers, question_about
 from tests.test_tiles import make_tiny_tiled
 from training.data.scenes import EVALUATION_SEED, make_scene
 
@@ -33,12 +33,12 @@ def prompts() -> list[Prompt]:
         make_scene(EVALUATION_SEED + number, 320).image.resize(size, Image.Resampling.BICUBIC)
         for number, size in enumerate(SIZES)
     ]
-    asked = [Prompt("What is in this picture?", [picture]) for picture in pictures]
+    asked = [question_about("What is in this picture?", [picture]) for picture in pictures]
     return [
         *asked,
-        Prompt("Which is larger?", pictures[:2]),
-        Prompt("Where is it?", pictures[2:4]),
-        Prompt("Hello", []),
+        question_about("Which is larger?", pictures[:2]),
+        question_about("Where is it?", pictures[2:4]),
+        question_about("Hello", []),
     ]
 
 
