@@ -241,6 +241,7 @@ def test_a_special_token_is_taken_apart_visibly(engine: LocalEngine) -> None:
         ({"logprobs": True, "top_logprobs": 1000}, 400, "less than or equal to 20", "top_logprobs"),
         ({"top_logprobs": 2}, 400, "needs logprobs", None),
         ({"stream_options": {"include_usage": True}}, 400, "needs stream", None),
+        ({"structured_outputs": {"json": {"const": "\ud800"}}}, 400, "surrogate", "structured_outputs.json"),
     ],
 )
 def test_bad_fields_are_refused_fast(
