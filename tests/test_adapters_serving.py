@@ -218,6 +218,7 @@ def test_an_engine_that_takes_none_says_how_it_would(folder: Path) -> None:
         assert "--enable-lora" in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_base_and_adapters_answer_at_once_as_each_alone_while_adapters_come_and_go(
     gateway: httpx.Client, of_base: list[list[int]], of_one: list[list[int]], of_two: list[list[int]]
 ) -> None:
@@ -293,6 +294,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(gateway: httpx.Client,
     assert ask(gateway, BASE, ASKED[0])  # the engine is well
 
 
+@pytest.mark.slow
 def test_an_adapter_is_for_the_key_that_loaded_it(joey_engine: LocalEngine, folder: Path, tmp_path: Path) -> None:
     keys = {name: new_key(tmp_path / "keys.json", name) for name in ("ann", "bob")}
     places = AdapterPlaces(named={"everybody's": folder / "nothing", "all": folder / "two"}, folder=folder)
@@ -315,6 +317,7 @@ def test_an_adapter_is_for_the_key_that_loaded_it(joey_engine: LocalEngine, fold
         assert forbidden.status_code == 403, forbidden.text
 
 
+@pytest.mark.slow
 def test_the_command_lists_what_is_served(joey_engine: LocalEngine, folder: Path, tmp_path: Path) -> None:
     command = CliRunner()
     key = new_key(tmp_path / "keys.json", "ann")
@@ -368,6 +371,7 @@ def test_the_page_offers_what_is_served_now(joey_engine: LocalEngine, folder: Pa
                 expect(shown_answers(page).last).to_contain_text(words[0], timeout=60_000)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_there_again(joey_engine: LocalEngine, folder: Path, tmp_path: Path) -> None:
     places = AdapterPlaces(folder=folder, kept=tmp_path / "kept")
     with gateway_over(joey_engine, places) as address, client_of(address) as client:

@@ -149,6 +149,7 @@ def test_our_own_command_line_takes_what_the_document_says(words: list[str], mon
     assert parse_engine_arguments(served(words[1:], monkeypatch).engine_arguments) is not None
 
 
+@pytest.mark.slow
 def test_vllm_takes_every_flag_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of engines in containers, those that the document starts engines with, and what it gives our own."""
     commands = [one.words[one.words.index(VLLM[1]) + 1 :] for one in ENGINES]

@@ -51,6 +51,7 @@ def test_a_published_model_is_counted_without_its_weights(published: Path) -> No
     assert found.picture_tokens == 576
 
 
+@pytest.mark.slow
 def test_the_cache_holds_as_many_tokens_as_vllm_says(engine: LocalEngine, tiny_model: Path) -> None:
     """One GiB of cache, as tests' engines have it, in whole blocks."""
     said = re.findall(r"KV cache size: ([\d,]+) tokens", engine.log())
