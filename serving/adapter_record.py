@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.keys import write_whole
+
 NOTE = "kangaroo.json"
 
 log = logging.getLogger("kangaroo.adapters")
@@ -33,9 +35,7 @@ def write_note(adapter: Adapter, of_base: str) -> None:
     """Note the adapter beside its copy; `of_base` is the hash of the base's weights."""
     note = {"name": adapter.name, "owner": adapter.owner, "created": adapter.created}
     note |= {"modules": adapter.modules, "rank": adapter.rank, "base_sha256": of_base}
-    partial = adapter.folder / f"{NOTE}.partial"
-    partial.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-    partial.replace(adapter.folder / NOTE)
+    write_whole(adapter.folder / NOTE, json.dumps(note, indent=1) + "\n")
 
 
 def remove_note(adapter: Adapter) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
+from assistant.durable import to_disk
 from training.config import TrainingError
 
 PARTIAL = "partial"  # the folder in which the next checkpoint is written
@@ -24,8 +24,8 @@ def seal(checkpoint: Path) -> None:
     sizes = _sizes(checkpoint)
     (checkpoint / SEAL).write_text(json.dumps(sizes, indent=2, sort_keys=True) + "\n")
     for file in (*sizes, SEAL):
-        _to_disk(checkpoint / file)
-    _to_disk(checkpoint)
+        to_disk(checkpoint / file)
+    to_disk(checkpoint)
 
 
 def publish(partial: Path, kept: int) -> None:
@@ -37,7 +37,7 @@ def publish(partial: Path, kept: int) -> None:
         shutil.rmtree(place)
     written.rename(place)
     partial.rmdir()
-    _to_disk(partial.parent)
+    to_disk(partial.parent)
     rotate_checkpoints(str(partial.parent), kept, use_mtime=True)
 
 
@@ -119,11 +119,3 @@ def _no_room(folder: Path, reason: str) -> str:
 def _sizes(checkpoint: Path) -> dict[str, int]:
     files = (file for file in checkpoint.rglob("*") if file.is_file() and file.name != SEAL)
     return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
-
-
-def _to_disk(place: Path) -> None:
-    opened = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

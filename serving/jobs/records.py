@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from serving.errors import ApiError
 from serving.jobs.data_folder import DataFolder, new_id
-from serving.protocols.fine_tuning import ENDED, FineTuningJob, JobEvent, JobEventList, Status
+from serving.protocols.fine_tuning import ALIVE, ENDED, FineTuningJob, JobEvent, JobEventList, Status
 
 Level = Literal["info", "warn", "error"]
 
@@ -78,6 +78,10 @@ class JobRecords:
             ).fetchall()
         return [JobRecord.model_validate_json(document) for (document,) in rows]
 
+    def alive(self) -> list[JobRecord]:
+        """The jobs that have not ended, the oldest first."""
+        return self.all_of(ALIVE)
+
     def newest_of(self, owner: str | None) -> list[JobRecord]:
         """All jobs of `owner`, the newest first."""
         with self.data.changing() as database:
@@ -114,8 +118,7 @@ class JobRecords:
 
     def users_of(self, file: str) -> list[str]:
         """Ids of the jobs that have not ended and read `file`."""
-        waiting = self.all_of(("validating_files", "queued", "running"))
-        return [one.job.id for one in waiting if file in (one.job.training_file, one.job.validation_file)]
+        return [one.job.id for one in self.alive() if file in (one.job.training_file, one.job.validation_file)]
 
     def tell(
         self, identity: str, message: str, level: Level = "info", numbers: Mapping[str, float] | None = None

@@ -101,7 +101,7 @@ class JobRunner:
 
     async def _train_all(self) -> None:
         self._remove_leftovers()
-        for record in self.records.all_of(("validating_files", "queued", "running")):
+        for record in self.records.alive():
             if record.job.model != self.model_name:
                 words = f"This server serves {self.model_name} now; the job waits until {record.job.model} is served"
                 self.records.tell(record.job.id, words, "warn")
@@ -136,7 +136,7 @@ class JobRunner:
 
     def _remove_leftovers(self) -> None:
         """What a kill left of jobs that have ended."""
-        alive = {record.job.id for record in self.records.all_of(("validating_files", "queued", "running"))}
+        alive = {record.job.id for record in self.records.alive()}
         for folder in self.data.jobs.iterdir():
             if folder.name not in alive:
                 shutil.rmtree(folder, ignore_errors=True)

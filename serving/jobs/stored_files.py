@@ -1,7 +1,6 @@
 """Keep uploaded files: checked line by line on their way in, each visible to its owner alone."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from assistant.durable import to_disk
 from serving.errors import ApiError
 from serving.jobs.data_folder import DataFolder, new_id
 from serving.protocols.files import Purpose, StoredFile, StoredFiles
@@ -113,7 +113,7 @@ class FileStore:
     def _keep(
         self, identity: str, owner: str | None, name: str | None, purpose: Purpose, partial: Path, rows: int
     ) -> StoredFile:
-        _to_disk(partial)
+        to_disk(partial)
         size = partial.stat().st_size
         stored = StoredFile(
             id=identity, bytes=size, created_at=int(time.time()), filename=plain_name(name), purpose=purpose
@@ -189,11 +189,3 @@ def plain_name(name: str | None) -> str:
     """The last part of what a client calls its file, in letters that can be shown."""
     last = PurePosixPath((name or "").replace("\\", "/")).name[:LONGEST_NAME]
     return "".join(letter for letter in last if letter.isprintable()).strip() or "upload.jsonl"
-
-
-def _to_disk(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,6 @@
 """What `/v1/fine_tuning/jobs` takes and gives, as OpenAI's clients know it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -10,6 +10,7 @@ MOST_METADATA = 16  # pairs, as OpenAI's
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 ENDED: frozenset[Status] = frozenset(("succeeded", "failed", "cancelled"))
+ALIVE: frozenset[Status] = frozenset(get_args(Status)) - ENDED
 
 
 MetadataKey = Annotated[Text, Field(max_length=64)]
