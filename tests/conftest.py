@@ -32,6 +32,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file stay in one process, but those of an engine of the session go where that engine is.
+
+    So each engine starts once, not once in every process: a minute of both cores, and 4 GB.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            needed = getattr(item, "fixturenames", ())
+            group = next((name for name in ("joey_engine", "engine") if name in needed), item.path.stem)
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny LLaVA with random weights, in the published layout."""

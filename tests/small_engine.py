@@ -33,10 +33,15 @@ class SmallEngine:
         return ""
 
 
+class _Server(ThreadingHTTPServer):
+    # Socketserver's own 5 drops connections that come at once on a busy machine, and each waits seconds to come again.
+    request_queue_size = 128
+
+
 @contextmanager
 def small_engine() -> Iterator[SmallEngine]:
     """One that listens, and answers every chat, streamed where that is asked."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
     engine = SmallEngine(server.server_address[1])
     server.RequestHandlerClass = _handler(engine)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -324,6 +324,7 @@ def test_the_states_of_an_engine_elsewhere(engine: LocalEngine) -> None:
     assert "waiting for the engine" in nobody.reason
 
 
+@pytest.mark.slow
 def test_weights_that_are_cut_off_are_the_reason_of_the_death(tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     weights = folder / "model.safetensors"
@@ -408,7 +409,10 @@ def test_the_life_of_a_server(tiny_model: Path) -> None:
         assert not living(members)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_no_part_of_vllm_outlives_the_server(number: signal.Signals, code: int, tiny_model: Path) -> None:
     port = free_port()
     with server(tiny_model, port) as process:

