@@ -41,16 +41,21 @@ def facts() -> ModelFacts:
 
 
 @contextlib.contextmanager
-def gateway_process(engine: Engine, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`kangaroo serve` before `engine`, as people run it, once it is ready; and its address."""
+def gateway_process(engine: Engine, folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`kangaroo serve` before `engine`, as people run it, once it is ready; and its address.
+
+    It writes to files in `folder`: a line for each request would fill a pipe that nobody reads, and then it waits.
+    """
     port = free_port()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(folder)}
     environment["ENGINE_KEY"] = engine.api_key or ""
     command = [sys.executable, "-m", "ui.command_line", "serve", "--port", str(port)]
     command += ["--engine-url", engine.base_url, "--engine-key-env", "ENGINE_KEY", *more]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        (folder / "output").open("wb") as output,
+        (folder / "errors").open("wb") as errors,
+        subprocess.Popen(command, env=environment, stdout=output, stderr=errors) as process,
+    ):
         address = f"http://127.0.0.1:{port}"
         try:
             wait_until(lambda: status_of(f"{address}/ready") == 200, 240, "the gateway is ready")
@@ -94,9 +99,10 @@ def test_running_answers_finish_and_new_requests_are_told_to_come_back(
         assert [each.status_code for each in answers] == [200] * 4
         assert all("Yes." in each.text for each in answers)
         assert all("[DONE]" in each.text for each in answers[::2])
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == code, errors
-        assert "It asks for no key" in output
+        returned = process.wait(60)
+        errors = (tmp_path / "errors").read_text()
+        assert returned == code, errors
+        assert "It asks for no key" in (tmp_path / "output").read_text()
         assert "Finishing 4 answers" in errors
         assert "Traceback" not in errors
 
