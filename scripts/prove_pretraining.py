@@ -39,8 +39,9 @@ PLANS = {
     "siglip": Plan("siglip", {"start_temperature": 10, "start_bias": -4.1}, "siglip", 1e-3),
     "simclr": Plan("simclr", {"temperature": 0.2, "head_hidden": 512}, "vit", 1e-3),
     "moco": Plan("moco", {"head_hidden": 512, "projection": 128}, "vit", 1e-3),
-    "mae": Plan("mae", {}, "vit", 1e-3),
-    "mae-published-decoder": Plan("mae", {"decoder_width": 512, "decoder_layers": 8, "decoder_heads": 16}, "vit", 1e-3),
+    # Our lighter decoder (256 channels, 4 layers) and the published one (512, 8), shrunk as this tower is from a ViT-S.
+    "mae": Plan("mae", {"decoder_width": 96, "decoder_layers": 4, "decoder_heads": 3}, "vit", 1e-3),
+    "mae-published-decoder": Plan("mae", {"decoder_width": 192, "decoder_layers": 8, "decoder_heads": 6}, "vit", 1e-3),
     "dino": Plan("dino", CROPS, "vit", 5e-4),
     "dinov2": Plan("dinov2", CROPS, "dinov2", 5e-4),
 }

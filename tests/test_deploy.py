@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from serving import supervisor
 from serving.access import OPEN_PATHS
 from serving.doors import SECONDS_TO_DRAIN
-from serving.engine import vllm_command, vllm_environment
 from serving.engine_arguments import parse_engine_arguments
 from serving.gateway import create_gateway
 from serving.model_folder import ModelFacts, read_model_folder
 from serving.server import SECONDS_FOR_PAGES
+from serving.vllm_program import vllm_command, vllm_environment
 from tests.small_engine import SmallEngine
 from tests.test_house import ROOT
 from ui.command_line import app

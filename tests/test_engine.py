@@ -24,15 +24,12 @@ from serving.engine import (
     LocalEngine,
     Phase,
     RemoteEngine,
-    death_reason,
     free_port,
-    loading_stage,
-    vllm_command,
-    vllm_environment,
 )
 from serving.engine_arguments import REFUSED, parse_engine_arguments
 from serving.listening import listen
 from serving.model_folder import ModelFacts, read_model_folder
+from serving.vllm_program import death_reason, loading_stage, vllm_command, vllm_environment
 from tests.conftest import SECONDS_TO_START
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from assistant.images import encode_data_url, open_picture
 from assistant.models import JOEY
-from serving.engine import Dtype, LocalEngine
+from serving.engine import LocalEngine
+from serving.vllm_program import Dtype
 from tests.conftest import SECONDS_TO_START, gateway_client
 from training.data.scenes import EVALUATION_SEED, make_scene
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving import supervisor
-from serving.engine import death_reason
+from serving.vllm_program import death_reason
 
 NICEST = 19  # of the kernel's 20 ranks below the usual one: whoever else wants the cores has nearly all of them
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
