@@ -22,6 +22,9 @@ STAGES = (
 # memory: so many times the rank is held for every layer, used or not.
 ADAPTERS_AT_ONCE, HIGHEST_ADAPTER_RANK, ADAPTERS_IN_MEMORY = 4, 32, 32
 
+# On so few nothing is gained by binding threads to cores.
+FEW_CORES = 4
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -70,6 +73,10 @@ def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     # In GiB; a CPU's default is half of the memory. A larger model may need more: the person's own setting wins.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if runs_on_cpu() and len(os.sched_getaffinity(0)) <= FEW_CORES:
+        # The model then lives in the process of the scheduler, and not in one of its own that is bound to cores: a
+        # third less of start (35 -> 23 s of processor time) and of memory. The name is of another use of it.
+        environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return environment
 
 

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+import serving.vllm_program
 from assistant.models import ModelError
 from serving import supervisor
 from serving.engine import (
@@ -222,6 +223,20 @@ def test_the_key_is_not_on_the_command_line_and_new_each_time(tiny_model: Path) 
 def test_vllm_keeps_its_compiled_files_whatever_the_container_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     assert "PYTHONDONTWRITEBYTECODE" not in vllm_environment("key", 1000)
+
+
+@pytest.mark.parametrize(("cores", "on_cpu", "own", "processes"), [
+    (2, True, None, "0"), (4, True, "1", "1"), (5, True, None, None), (2, False, None, None),
+])  # fmt: skip
+def test_on_few_cores_the_model_lives_in_the_schedulers_process(
+    cores: int, on_cpu: bool, own: str | None, processes: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(serving.vllm_program, "runs_on_cpu", lambda: on_cpu)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    if own is not None:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", own)
+    assert vllm_environment("key", 1000).get("VLLM_ENABLE_V1_MULTIPROCESSING") == processes
 
 
 def test_without_vllm_the_way_out_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
