@@ -225,18 +225,27 @@ def test_vllm_keeps_its_compiled_files_whatever_the_container_says(monkeypatch: 
     assert "PYTHONDONTWRITEBYTECODE" not in vllm_environment("key", 1000)
 
 
-@pytest.mark.parametrize(("cores", "on_cpu", "own", "processes"), [
-    (2, True, None, "0"), (4, True, "1", "1"), (5, True, None, None), (2, False, None, None),
+@pytest.mark.parametrize(("cores", "on_cpu", "own", "processes", "threads"), [
+    (1, True, None, "0", "1"), (2, True, None, "0", "1"), (4, True, "1", "1", "3"), (5, True, None, None, None),
+    (2, False, None, None, None),
 ])  # fmt: skip
 def test_on_few_cores_the_model_lives_in_the_schedulers_process(
-    cores: int, on_cpu: bool, own: str | None, processes: str | None, monkeypatch: pytest.MonkeyPatch
+    cores: int,
+    on_cpu: bool,
+    own: str | None,
+    processes: str | None,
+    threads: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(serving.vllm_program, "runs_on_cpu", lambda: on_cpu)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own is not None:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", own)
-    assert vllm_environment("key", 1000).get("VLLM_ENABLE_V1_MULTIPROCESSING") == processes
+    environment = vllm_environment("key", 1000)
+    assert environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == processes
+    assert environment.get("OMP_NUM_THREADS") == threads
 
 
 def test_without_vllm_the_way_out_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The served OpenAPI document: its examples are answered as they are, and schemathesis finds no answer beside it."""
 
 import base64
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from serving.gateway import create_gateway
 from serving.model_folder import read_model_folder
 from serving.openapi import PICTURE, describe_api, examples_of
 from tests.conftest import MODEL_NAME
+from tests.test_house import ROOT
 
 ROUTES = {
     "/v1/chat/completions": "post",
@@ -57,7 +59,8 @@ def judged(gateway: httpx.Client, phases: str, examples: int, folder: Path) -> s
     words: list[str | Path] = [SCHEMATHESIS, "run", f"{gateway.base_url}/openapi.json", "--phases", phases]
     words += ["--exclude-checks", "positive_data_acceptance", "--max-examples", str(examples), "--mode", "all"]
     words += ["--request-timeout", "120", "--seed", "1", "--generation-deterministic", "--no-color"]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.openapi_hooks"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
     return said
