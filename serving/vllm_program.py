@@ -75,7 +75,7 @@ def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if runs_on_cpu() and (cores := len(os.sched_getaffinity(0))) <= FEW_CORES:
         # The model then lives in the scheduler's process and not in one of its own that is bound to cores: that starts
-        # in two thirds of the time and says more tokens a second (docs/benchmarks.md). The name is of another use of it.
+        # in two thirds of the time and says more tokens a second (docs/benchmarks.md). Its name is of another use.
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # As many threads as vLLM itself would take; one more, and they wait for each other.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores - 1)))
