@@ -19,7 +19,8 @@ OPEN_PATHS = ("/health",)
 class Access:
     """ASGI middleware. Programs send `Authorization: Bearer KEY`; a browser asks its person (HTTP's Basic scheme).
 
-    The page is open to whoever has a key, and asks the API in that person's name, so limits hold there too.
+    The page is open to whoever has a key, and asks the API in that person's name, so limits hold there too. They count
+    what is asked or changed; looking (GET) is free, or a client that waits for a job would use its minute up.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, quotas: Quotas) -> None:
@@ -39,7 +40,7 @@ class Access:
             headers = {"WWW-Authenticate": scheme}
             await error_response(error.status, str(error), code=error.code, headers=headers)(scope, receive, send)
             return
-        if scope["path"].startswith("/v1/"):
+        if scope["path"].startswith("/v1/") and scope["method"] not in ("GET", "HEAD"):
             await self._within_limits(note, note.key, scope, receive, send)
         else:
             await self.app(scope, receive, send)

@@ -191,9 +191,11 @@ def test_openai_s_own_client_understands_keys_and_limits(
             stranger.models.list()
         assert refused.value.code == "invalid_api_key"
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
-        assert [model.id for model in client.models.list()] == ["joey"]
+        messages: list[Any] = [{"role": "user", "content": "Hello"}]
+        assert client.chat.completions.create(model="joey", messages=messages).choices
         with pytest.raises(openai.RateLimitError) as limited:
-            client.models.list()
+            client.chat.completions.create(model="joey", messages=messages)
+        assert [model.id for model in client.models.list()] == ["joey"], "looking is not counted"
         assert 0 < int(limited.value.response.headers["retry-after"]) <= 60
 
 
