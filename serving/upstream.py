@@ -21,6 +21,10 @@ SECONDS_FOR_NUMBERS = 5.0
 TRY_AGAIN = {"Retry-After": "5"}
 CHAT = "/v1/chat/completions"
 FAILURE = b'data: {"error"'  # how an event begins by which vLLM ends a stream that failed
+# vLLM ends what an engine works on when it is told to stop (as the others are when one of several dies), and calls the
+# half answer good. In the text of an answer the quotes would be escaped.
+ABORTED = b'"finish_reason":"abort"'
+STOPPED = "The engine stopped while it worked on this request."
 CUT_OFF = b"data: " + json.dumps(error_object(503, "The engine stopped in the middle of the answer.")).encode()
 JSON = TypeAdapter(dict[str, Any])
 
@@ -123,7 +127,9 @@ class Upstream:
                 await answer.aread()
                 return _relayed_error(answer, asks_for_form(body))
         except httpx.TransportError:
-            return error_response(503, "The engine stopped while it worked on this request.", headers=TRY_AGAIN)
+            return error_response(503, STOPPED, headers=TRY_AGAIN)
+        if not streamed and ABORTED in answer.content:
+            return error_response(503, STOPPED, headers=TRY_AGAIN)
         if not streamed:
             note.take_usage(json.loads(answer.content).get("usage") or {})
             return Response(answer.content, media_type="application/json")
@@ -194,11 +200,13 @@ async def _whole_events(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 def in_our_words(events: bytes) -> bytes:
     """The events, with what the engine says of its own failures put as we say it: it may quote paths and traces."""
-    if FAILURE not in events:
+    if FAILURE not in events and ABORTED not in events:
         return events
     told = events.split(b"\n\n")
     for place, event in enumerate(told):
-        if event.startswith(FAILURE):
+        if ABORTED in event:
+            told[place] = CUT_OFF
+        elif event.startswith(FAILURE):
             code = json.loads(event.removeprefix(b"data: "))["error"].get("code")
             told[place] = event if isinstance(code, int) and code < 500 else CUT_OFF
     return b"\n\n".join(told)

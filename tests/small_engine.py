@@ -24,6 +24,7 @@ class SmallEngine:
         self.go_on.set()
         self.seen: list[dict[str, Any]] = []
         self.text = "Yes."
+        self.finish_reason = "stop"
         self._state = state or EngineState(Phase.READY, "ready")
 
     def state(self) -> EngineState:
@@ -70,10 +71,12 @@ def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
             engine.go_on.wait(60)
             message = {"role": "assistant", "content": engine.text}
             if not body.get("stream"):
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                self._answer(json.dumps({"choices": [choice], "usage": USAGE}).encode(), "application/json")
+                choice = {"index": 0, "message": message, "finish_reason": engine.finish_reason}
+                content = json.dumps({"choices": [choice], "usage": USAGE}, separators=(",", ":"))
+                self._answer(content.encode(), "application/json")
                 return
-            events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": message, "finish_reason": "stop"}]}]
+            piece = {"index": 0, "delta": message, "finish_reason": engine.finish_reason}
+            events: list[dict[str, Any]] = [{"choices": [piece]}]
             if (body.get("stream_options") or {}).get("include_usage"):
                 events.append({"choices": [], "usage": USAGE})
             lines = [f"data: {json.dumps(event, separators=(',', ':'))}\n\n" for event in events]

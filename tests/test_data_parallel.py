@@ -134,11 +134,16 @@ def answered_by_engine(client: httpx.Client) -> dict[str, int]:
 
 def test_a_failure_in_a_stream_is_told_in_our_words() -> None:
     """vLLM ends a stream whose engine died with an event of its own; a refusal in a stream passes as it is."""
-    piece, done = b'data: {"choices": [{"delta": {"content": "\\"error\\""}}]}', b"data: [DONE]"
+    piece, done = (
+        b'data: {"choices": [{"delta": {"content": "\\"error\\" \\"finish_reason\\":\\"abort\\""}}]}',
+        b"data: [DONE]",
+    )
     died = (
         b'data: {"error": {"message": "EngineCore failed, see /tmp/trace", "type": "InternalServerError", "code": 500}}'
     )
     refused = b'data: {"error": {"message": "too long", "type": "BadRequestError", "code": 400}}'
+    aborted = b'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"abort"}]}'
+    assert in_our_words(b"\n\n".join([piece, aborted, done, b""])) == b"\n\n".join([piece, CUT_OFF, done, b""])
     told = in_our_words(b"\n\n".join([piece, died, done, b""]))
     assert told == b"\n\n".join([piece, CUT_OFF, done, b""]) and b"/tmp" not in told
     for events in (b"\n\n".join([piece, refused, done, b""]), b"\n\n".join([piece, done, b""])):

@@ -260,6 +260,21 @@ def send_question(connection: socket.socket, stream: bool, **fields: object) -> 
     connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_an_answer_that_the_engine_breaks_off_is_none(stream: bool, facts: ModelFacts) -> None:
+    """As vLLM does when it is told to stop: it ends what it works on, and calls that an answer."""
+    with small_engine() as engine, served(create_gateway(engine, "joey", facts)) as address:
+        engine.finish_reason = "abort"
+        answer = ask(address, stream=stream)
+        if stream:
+            assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+            event = json.loads(answer.text.split("\n\n")[0].removeprefix("data: "))
+            assert event["error"]["message"] == "The engine stopped in the middle of the answer."
+        else:
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+            assert answer.json()["error"]["message"] == "The engine stopped while it worked on this request."
+
+
 # -- Clients that go away ----------------------------------------------------------------------------------------------
 
 
