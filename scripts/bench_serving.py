@@ -256,11 +256,17 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 64,
     side: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 640,
     transformers: Annotated[bool, typer.Option(help="Compare with `transformers serve` too.")] = True,
+    apart: Annotated[bool, typer.Option("--apart", help="vLLM on the first core, the gateway on the others.")] = False,
 ) -> None:
     """Start vLLM, and the gateway before it, and measure both in turns."""
     folder = find_model(model)
     began = time.perf_counter()
+    first, *others = sorted(os.sched_getaffinity(0))
+    if apart:
+        os.sched_setaffinity(0, {first})  # what is started now stays there
     with LocalEngine(folder, NAME) as engine:
+        if apart:
+            os.sched_setaffinity(0, others)
         engine.wait_until_ready(SECONDS_TO_START)
         print(f"vLLM was ready after {time.perf_counter() - began:.1f} s", flush=True)
         bare = Place("vllm", engine.base_url, {"Authorization": f"Bearer {engine.api_key}"})
