@@ -22,6 +22,9 @@ STAGES = (
 # memory: so many times the rank is held for every layer, used or not.
 ADAPTERS_AT_ONCE, HIGHEST_ADAPTER_RANK, ADAPTERS_IN_MEMORY = 4, 32, 32
 
+# Errors that only say that there was another.
+FOLLOWERS = ("See root cause above", "See stack trace (above)")
+
 # On so few nothing is gained by binding threads to cores.
 FEW_CORES = 4
 
@@ -104,7 +107,9 @@ def death_reason(code: int, log: str) -> str:
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w+(?:Error|Exception): .+)$", log, flags=re.MULTILINE)
     # vLLM's own words on flags that it does not know, or whose value it cannot read.
     errors += re.findall(r"error: ((?:unrecognized arguments|argument ).+)$", log, flags=re.MULTILINE)
-    causes = [error for error in errors if "See root cause above" not in error]
+    causes = [error for error in errors if not any(words in error for words in FOLLOWERS)]
     if causes:
         return str(causes[-1])[:300]
+    if "EngineDeadError" in log:
+        return "the process that holds the model ended without a word (killed, or memory ran out)"
     return f"it ended with exit code {code}"
