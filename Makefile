@@ -24,7 +24,7 @@ test: ## ruff, mypy and the tests, with real vLLM and a real browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## ruff and mypy alone
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -32,17 +33,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file stay in one process, but those of an engine of the session go where that engine is.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Our own order where files are handed out whole, as `make test` does; xdist's for the rest."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.scheduling import EngineScheduling
 
-    So each engine starts once, not once in every process: a minute of both cores, and 4 GB.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            needed = getattr(item, "fixturenames", ())
-            group = next((name for name in ("joey_engine", "engine") if name in needed), item.path.stem)
-            item.add_marker(pytest.mark.xdist_group(group))
+    return EngineScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

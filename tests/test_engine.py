@@ -157,9 +157,7 @@ def test_the_reason_of_a_death_is_the_cause_and_not_its_follower() -> None:
     assert death_reason(1, log) == "ValueError: the weights have no head"
     assert "signal 9" in death_reason(137, log)
     assert death_reason(3, "nothing of note") == "it ended with exit code 3"
-    dead = (
-        "v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)."
-    )
+    dead = "v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)."
     assert "ended without a word" in death_reason(1, dead)
     assert death_reason(1, log + dead) == "ValueError: the weights have no head"
 

@@ -113,10 +113,7 @@ def conversation(number: int, pictures: Sequence[Image.Image]) -> Prompt:
     return Prompt(turns)
 
 
-# The engine in float32 is the whole session's: its tests go to the process that has it.
-@pytest.fixture(
-    scope="module", params=[pytest.param("float32", marks=pytest.mark.xdist_group("joey_engine")), "bfloat16"]
-)
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> Dtype:
     dtype: Dtype = request.param
     return dtype
