@@ -262,6 +262,8 @@ def main(
     folder = find_model(model)
     began = time.perf_counter()
     first, *others = sorted(os.sched_getaffinity(0))
+    if apart and not others:
+        raise typer.BadParameter("there is one core only", param_hint="--apart")
     if apart:
         os.sched_setaffinity(0, {first})  # what is started now stays there
     with LocalEngine(folder, NAME) as engine:

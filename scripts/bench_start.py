@@ -6,28 +6,25 @@ Example, on a quiet machine (some 4 minutes on two cores): python -m scripts.ben
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
-import psutil
 import typer
 
 from assistant.images import encode_data_url
 from assistant.models import JOEY
 from assistant.questions import CAPTION_QUESTION
+from scripts.bench_serving import SECONDS_TO_START, running
 from serving.engine import LocalEngine, free_port
 from training.data.scenes import make_scene
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS_TO_START = 600.0
 # vLLM's own way, and what `serving.vllm_program` sets on few cores.
 WAYS: dict[str, dict[str, str]] = {
     "a process of its own": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
@@ -54,29 +51,14 @@ def start_of(way: Mapping[str, str]) -> dict[str, float]:
     port = free_port()
     command = [sys.executable, "-m", "ui.command_line", "serve", "--port", str(port)]
     started = time.monotonic()
-    with subprocess.Popen(
-        command, env=os.environ | way, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as server:
-        try:
-            address = f"http://127.0.0.1:{port}"
-            while not _is_ready(address):
-                if server.poll() is not None or time.monotonic() - started > SECONDS_TO_START:
-                    raise typer.BadParameter(f"no answer from {' '.join(command)}", param_hint="the start")
-                time.sleep(0.1)
-            ask(address, None)
-            seconds = time.monotonic() - started
-            family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-            times = [member.cpu_times() for member in family]
-            memory = sum(member.memory_full_info().pss for member in family) / 2**20
-        finally:
-            server.terminate()
+    with running("the server", command, port, way, "/ready") as place:
+        ask(place.url, None)
+        seconds = time.monotonic() - started
+        assert place.process is not None
+        family = [place.process, *place.process.children(recursive=True)]
+        times = [member.cpu_times() for member in family]
+        memory = sum(member.memory_full_info().pss for member in family) / 2**20
     return {"seconds": seconds, "processor": sum(each.user + each.system for each in times), "MiB": memory}
-
-
-def _is_ready(address: str) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(f"{address}/ready", timeout=10, trust_env=False).status_code == 200
-    return False
 
 
 def ask(address: str, key: str | None) -> None:
@@ -102,21 +84,17 @@ def tokens_a_second(engine: LocalEngine, at_once: int) -> float:
 def speeds(rounds: int) -> dict[int, dict[str, list[float]]]:
     """Tokens a second of each way, by how many ask at once: an engine of each way, asked in turns."""
     found: dict[int, dict[str, list[float]]] = {at_once: {name: [] for name in WAYS} for at_once in REQUESTS_A_ROUND}
-    engines: dict[str, LocalEngine] = {}
-    try:
+    with ExitStack() as running_engines:
+        engines: dict[str, LocalEngine] = {}
         for name, way in WAYS.items():
             with with_environment(way):
-                engines[name] = LocalEngine(JOEY, JOEY.name)
-            engines[name].start()
+                engines[name] = running_engines.enter_context(LocalEngine(JOEY, JOEY.name))
             engines[name].wait_until_ready(SECONDS_TO_START)
             ask(engines[name].base_url, engines[name].api_key)
         for at_once in REQUESTS_A_ROUND:
             for _ in range(rounds):
                 for name, engine in engines.items():
                     found[at_once][name].append(tokens_a_second(engine, at_once))
-    finally:
-        for engine in engines.values():
-            engine.stop()
     return found
 
 

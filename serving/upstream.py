@@ -128,9 +128,9 @@ class Upstream:
                 return _relayed_error(answer, asks_for_form(body))
         except httpx.TransportError:
             return error_response(503, STOPPED, headers=TRY_AGAIN)
-        if not streamed and ABORTED in answer.content:
-            return error_response(503, STOPPED, headers=TRY_AGAIN)
         if not streamed:
+            if ABORTED in answer.content:
+                return error_response(503, STOPPED, headers=TRY_AGAIN)
             note.take_usage(json.loads(answer.content).get("usage") or {})
             return Response(answer.content, media_type="application/json")
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -72,13 +72,13 @@ def vllm_environment(api_key: str, most_pixels: int) -> dict[str, str]:
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     # A file in the person's current folder must not shadow a module of vLLM.
     environment["PYTHONSAFEPATH"] = "1"
-    # Set in many a container. vLLM's three processes would each compile its thousands of files anew, in every start.
+    # Set in many a container. vLLM's processes would each compile its thousands of files anew, in every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     # In GiB; a CPU's default is half of the memory. A larger model may need more: the person's own setting wins.
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if runs_on_cpu() and (cores := len(os.sched_getaffinity(0))) <= FEW_CORES:
         # The model then lives in the scheduler's process and not in one of its own that is bound to cores: that starts
-        # in two thirds of the time and says more tokens a second (docs/benchmarks.md). Its name is of another use.
+        # in two thirds of the time and says as many tokens or more (docs/benchmarks.md). Its name is of another use.
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # As many threads as vLLM itself would take; one more, and they wait for each other.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores - 1)))

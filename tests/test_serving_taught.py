@@ -24,7 +24,7 @@ from assistant.towers import ViTShape, new_tower
 from serving.engine import LocalEngine
 from tests.conftest import SECONDS_TO_START, gateway_client
 from tests.test_adapters import trained
-from tests.test_serving_parity import MODEL_NAME, QUESTIONS, TOLERANCE, Answer, ask_gateway, ask_transformers, prompts
+from tests.test_serving_parity import MODEL_NAME, QUESTIONS, Answer, ask_gateway, ask_transformers, prompts
 from tests.tiny import TowerFamily, make_tiny_language_model, make_tiny_llava, make_tiny_tokenizer
 from training.joining import join_models
 
@@ -39,6 +39,7 @@ JOINED: tuple[tuple[TowerFamily, Projector], ...] = (
     ("dinov2", "pixel-shuffle"),
 )
 TAUGHT = "taught"  # what vLLM calls the adapter
+TOLERANCE = 3e-4  # in float32 only the order of additions differs: 1.1e-4 at most was seen
 LORA_FLAGS = ["--enable-lora", "--max-lora-rank", "16"]
 
 
@@ -80,7 +81,7 @@ def assert_equal_token_by_token(what: str, these: Sequence[Answer], those: Seque
         apart += [abs(a - b) for here, there in steps for a, b in zip(here, there, strict=True)]
     furthest = max(apart)
     print(f"{what}: log-probabilities lie at most {furthest:.2g} apart")
-    assert furthest < TOLERANCE["float32"]
+    assert furthest < TOLERANCE
 
 
 def differing(these: Sequence[Answer], those: Sequence[Answer]) -> int:
