@@ -62,6 +62,8 @@ class PictureLimits:
 
 
 DEFAULT_LIMITS = PictureLimits()
+# A PNG that is made to be read once, next door: level 6 costs five times the time for a fifth less.
+NEIGHBOURLY = 1
 
 
 class PictureError(ValueError):
@@ -124,12 +126,22 @@ def open_picture(
     return picture
 
 
-def picture_size(content: bytes, limits: PictureLimits = DEFAULT_LIMITS, name: str = "the picture") -> tuple[int, int]:
-    """Width and height by the header, which alone is read. Raises PictureError as `open_picture` does for a header."""
+@dataclass(frozen=True)
+class PictureHeader:
+    """What the header alone tells: how many pixels, and whether decoding is all that `open_picture` would do."""
+
+    pixels: int
+    is_plain_jpeg: bool
+
+
+def read_header(content: bytes, limits: PictureLimits = DEFAULT_LIMITS, name: str = "the picture") -> PictureHeader:
+    """Read the header and no pixel. Raises PictureError as `open_picture` does for a header."""
     _check_bytes(len(content), limits, name)
     image = _open_header(content, name)
     _check_size(image.size, limits, name)
-    return image.size
+    keeps_its_size = limits.working_side is None or max(image.size) <= limits.working_side
+    is_plain = image.format == "JPEG" and image.mode == "RGB" and keeps_its_size and _orientation(image) == 1
+    return PictureHeader(image.width * image.height, is_plain)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -177,8 +189,7 @@ def encode_data_url(image: Image.Image, jpeg_quality: int | None = None) -> str:
     if jpeg_quality is not None:
         image.save(buffer, "JPEG", quality=jpeg_quality)
         return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    # Level 1: the URL is made to be read once by a neighbour, and level 6 costs five times the time for a fifth less.
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=NEIGHBOURLY)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -187,6 +198,11 @@ def encode_bitmap_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "BMP")
     return "data:image/bmp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def save_for_neighbour(image: Image.Image, file: Path) -> None:
+    """Write a picture with every pixel as it is, to be read once: `file` ends in `.bmp` or `.png`. Raises OSError."""
+    image.save(file, compress_level=NEIGHBOURLY)
 
 
 def read_picture(path: Path, limits: PictureLimits = DEFAULT_LIMITS, name: str | None = None) -> bytes:

@@ -2,8 +2,8 @@
 
 Example, on a quiet machine (some 4 minutes on two cores): python scripts/bench_serving.py
 
-vLLM and the gateway before that very vLLM are asked in turns, so that whatever else the machine does meets both alike;
-each ratio is the middle one of its rounds. The pictures are other ones in every request, for vLLM remembers them.
+The gateway and the very vLLM that it started are asked in turns, so that whatever else the machine does meets both
+alike; each ratio is the middle one of its rounds. The pictures are others in every request, for vLLM remembers them.
 """
 
 import asyncio
@@ -29,12 +29,13 @@ from PIL import Image
 
 from assistant.images import encode_data_url
 from assistant.models import find_model
-from serving.engine import LocalEngine, free_port
+from serving.engine import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = "/v1/chat/completions"
 SECONDS_TO_START = 600.0
 NAME = "bench"
+KEY = "VLLM_API_KEY"  # in vLLM's environment
 REQUESTS_A_ROUND = {1: 4, 8: 16, 32: 64}  # by how many of them are under way at once
 SHARE, ADDED_MS, SECOND_TURN, TIMES_TRANSFORMERS = 97, 5, 1.5, 7  # what we aim at
 SEEDS = count()
@@ -86,12 +87,34 @@ def running(name: str, command: list[str], port: int, more: Mapping[str, str], r
             process.terminate()
 
 
-def gateway_before(engine: LocalEngine, model: Path) -> Any:
-    """`kangaroo serve`, as people run it, before the very same vLLM."""
+@contextmanager
+def gateway_and_its_vllm(model: Path) -> Iterator[tuple[Place, Place]]:
+    """`kangaroo serve`, as people run it, and the vLLM that it started."""
     port = free_port()
     command = [sys.executable, "-m", "ui.command_line", "serve", str(model), "--name", NAME, "--port", str(port)]
-    command += ["--engine-url", engine.base_url, "--engine-key-env", "BENCH_ENGINE_KEY"]
-    return running("gateway", command, port, {"BENCH_ENGINE_KEY": engine.api_key or ""}, "/ready")
+    with running("gateway", command, port, {}, "/ready") as ours:
+        assert ours.process is not None
+        yield ours, vllm_below(ours.process)
+
+
+def vllm_below(gateway: psutil.Process) -> Place:
+    """The engine that a gateway started; its key stands in its environment. Raises LookupError where there is none."""
+    for process in gateway.children(recursive=True):
+        flags = process.cmdline()
+        if KEY in process.environ() and "--port" in flags:
+            headers = {"Authorization": f"Bearer {process.environ()[KEY]}"}
+            return Place("vllm", f"http://127.0.0.1:{flags[flags.index('--port') + 1]}", headers)
+    raise LookupError("the gateway has started no vLLM")
+
+
+def put_apart(gateway: psutil.Process) -> None:
+    """vLLM on the first core, the gateway on the others. Raises typer.BadParameter where there is one only."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        raise typer.BadParameter("there is one core only", param_hint="--apart")
+    for process, cores in [(gateway, others), *((child, [first]) for child in gateway.children(recursive=True))]:
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, cores)
 
 
 def transformers_serve(model: Path) -> Any:
@@ -258,30 +281,22 @@ def main(
     transformers: Annotated[bool, typer.Option(help="Compare with `transformers serve` too.")] = True,
     apart: Annotated[bool, typer.Option("--apart", help="vLLM on the first core, the gateway on the others.")] = False,
 ) -> None:
-    """Start vLLM, and the gateway before it, and measure both in turns."""
+    """Start the gateway and its vLLM, and measure both in turns."""
     folder = find_model(model)
     began = time.perf_counter()
-    first, *others = sorted(os.sched_getaffinity(0))
-    if apart and not others:
-        raise typer.BadParameter("there is one core only", param_hint="--apart")
-    if apart:
-        os.sched_setaffinity(0, {first})  # what is started now stays there
-    with LocalEngine(folder, NAME) as engine:
-        if apart:
-            os.sched_setaffinity(0, others)
-        engine.wait_until_ready(SECONDS_TO_START)
-        print(f"vLLM was ready after {time.perf_counter() - began:.1f} s", flush=True)
-        bare = Place("vllm", engine.base_url, {"Authorization": f"Bearer {engine.api_key}"})
-        with gateway_before(engine, folder) as ours:
-            for place in (bare, ours):  # what is made at first use is made
-                new_round(place, 16, 8, tokens, side)
-            for at_once in REQUESTS_A_ROUND:
-                throughput(bare, ours, at_once, rounds, tokens, side)
-            for asked_side in (0, side):
-                first_tokens(bare, ours, rounds, asked_side)
-            second_turns(ours, rounds, max(side, 1600))
-            if transformers:
-                against_transformers(ours, folder, max(1, rounds // 2), tokens, side)
+    with gateway_and_its_vllm(folder) as (ours, bare):
+        print(f"the gateway and vLLM were ready after {time.perf_counter() - began:.1f} s", flush=True)
+        if apart and ours.process is not None:
+            put_apart(ours.process)
+        for place in (bare, ours):  # what is made at first use is made
+            new_round(place, 16, 8, tokens, side)
+        for at_once in REQUESTS_A_ROUND:
+            throughput(bare, ours, at_once, rounds, tokens, side)
+        for asked_side in (0, side):
+            first_tokens(bare, ours, rounds, asked_side)
+        second_turns(ours, rounds, max(side, 1600))
+        if transformers:
+            against_transformers(ours, folder, max(1, rounds // 2), tokens, side)
 
 
 if __name__ == "__main__":

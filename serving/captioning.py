@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 
-from serving.chat_service import ChatService, fetched_pictures, picture_part, safe_picture, safe_text
+from serving.chat_service import ChatService, check_opened, fetched_pictures, picture_part, safe_picture, safe_text
 from serving.errors import ApiError, error_object
 from serving.notes import Note
 from serving.protocols.captions import PictureText, PictureTexts, Usage
@@ -74,11 +74,15 @@ async def _said_of(
 ) -> dict[str, Any]:
     """Text, finish reason and usage, as the fields of a `PictureText`."""
     source = (await fetched_pictures([picture], param, service.pictures)).get(picture, picture)
-    url = await anyio.to_thread.run_sync(safe_picture, source, param, service.pictures, limiter=service.opening)
-    content = [picture_part(url), {"type": "text", "text": question.text}]
+    safe = await anyio.to_thread.run_sync(safe_picture, source, param, service.pictures, note, limiter=service.opening)
+    content = [picture_part(safe.url), {"type": "text", "text": question.text}]
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}]}
     body |= {"max_tokens": question.max_tokens, "temperature": question.temperature}
-    answer = await service.upstream.ask(CHAT, body, note)
+    try:
+        answer = await service.upstream.ask(CHAT, body, note)
+    except ApiError:
+        await check_opened([(safe, param)], service)
+        raise
     choice = answer["choices"][0]
     usage = Usage(**{name: answer["usage"][name] for name in Usage.model_fields})
     return {"text": choice["message"]["content"], "finish_reason": choice["finish_reason"], "usage": usage}

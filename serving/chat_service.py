@@ -1,18 +1,20 @@
 """Check what only this server can know of a conversation, and make its texts and pictures safe for the engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 from fastapi import Request
+from starlette.responses import Response
 
 from assistant.images import PictureError, PictureLimits
 from assistant.plain_text import PlainText, SpecialTextError
 from serving.adapters import AdapterShelf
 from serving.engine import Engine, Phase
+from serving.engine_pictures import EnginePicture
 from serving.errors import ApiError
-from serving.notes import Note
+from serving.notes import Note, note_of
 from serving.pictures import SafePictures
 from serving.protocols.common import Message, PicturePart, TextPart
 from serving.upstream import Upstream
@@ -84,8 +86,11 @@ async def check_engine(engine: Engine) -> None:
         raise ApiError(503, f"The engine has stopped: {state.reason}.", code="engine_stopped")
 
 
-async def safe_messages(messages: Sequence[Message], service: ChatService) -> list[dict[str, Any]]:
-    """The messages as the engine gets them: texts that are only text, pictures that were opened and saved anew."""
+async def safe_messages(messages: Sequence[Message], service: ChatService, note: Note) -> list[dict[str, Any]]:
+    """The messages as the engine gets them: texts that are only text, pictures of `SafePictures`.
+
+    The pictures last until the request of `note` ends.
+    """
 
     fetched = {
         number: await fetched_pictures(_addresses(message), f"messages.{number}.content", service.pictures)
@@ -93,10 +98,11 @@ async def safe_messages(messages: Sequence[Message], service: ChatService) -> li
     }
 
     def made_safe() -> list[dict[str, Any]]:
-        return [
-            {"role": message.role, "content": _safe_content(message, f"messages.{at}.content", fetched[at], service)}
+        contents = [
+            _safe_content(message, f"messages.{at}.content", fetched[at], service, note)
             for at, message in enumerate(messages)
         ]
+        return [{"role": each.role, "content": content} for each, content in zip(messages, contents, strict=True)]
 
     return await anyio.to_thread.run_sync(made_safe, limiter=service.opening)
 
@@ -106,13 +112,13 @@ def _addresses(message: Message) -> list[str]:
 
 
 def _safe_content(
-    message: Message, param: str, fetched: Mapping[str, bytes], service: ChatService
+    message: Message, param: str, fetched: Mapping[str, bytes], service: ChatService, note: Note
 ) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = []
     for part in _joined_texts(message):
         if isinstance(part, PicturePart):
             url = part.image_url.url
-            content.append(picture_part(safe_picture(fetched.get(url, url), param, service.pictures)))
+            content.append(picture_part(safe_picture(fetched.get(url, url), param, service.pictures, note).url))
         else:
             content.append({"type": "text", "text": safe_text(part.text, param, service.plain_text)})
     return content
@@ -145,18 +151,41 @@ async def fetched_pictures(addresses: Sequence[str], param: str, pictures: SafeP
     try:
         return await pictures.fetched(addresses)
     except PictureError as error:
-        raise ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image") from error
+        raise _refused(error, param) from error
 
 
-def safe_picture(source: str | bytes, param: str, pictures: SafePictures) -> str:
-    """A data URL of the picture in `source`, a data URL or a file's bytes, opened and saved anew.
+def safe_picture(source: str | bytes, param: str, pictures: SafePictures, note: Note) -> EnginePicture:
+    """The picture in `source`, a data URL or a file's bytes, for the engine, until the request of `note` ends.
 
     Raises ApiError for a picture that cannot be used, with the status that says why.
     """
     try:
-        return pictures.safe_url(source)
+        picture = pictures.safe_picture(source)
     except PictureError as error:
-        raise ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image") from error
+        raise _refused(error, param) from error
+    note.held.append((picture, param))
+    return picture
+
+
+async def ask_engine(request: Request, path: str, body: dict[str, Any], service: ChatService) -> Response:
+    """The engine's answer to `body`, relayed. Raises ApiError for a picture that the engine cannot open."""
+    answer = await service.upstream.post(request, path, body)
+    if answer.status_code >= 400:
+        await check_opened(note_of(request).held, service)
+    return answer
+
+
+async def check_opened(held: Iterable[tuple[EnginePicture, str]], service: ChatService) -> None:
+    """Look for the fault in pictures that the engine was the first to open. Raises ApiError for one with a fault."""
+    for picture, param in held:
+        try:
+            await anyio.to_thread.run_sync(service.pictures.check, picture, limiter=service.opening)
+        except PictureError as error:
+            raise _refused(error, param) from error
+
+
+def _refused(error: PictureError, param: str) -> ApiError:
+    return ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image")
 
 
 def picture_part(url: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from typing import Protocol
 
 import httpx
 
-from serving import supervisor
+from serving.engine_pictures import new_picture_folder
 from serving.model_folder import read_model_folder
+from serving.supervisor import supervised
 from serving.vllm_program import (
     Dtype,
     adapter_flags,
@@ -52,7 +52,8 @@ class EngineState:
 class Engine(Protocol):
     """Where requests go: an OpenAI-compatible server with its key, both anew after a restart.
 
-    `state` may wait for a second at most.
+    In `picture_folder`, anew too, it reads pictures of ours; None where it reads none. `state` may wait for a second at
+    most.
     """
 
     @property
@@ -63,6 +64,9 @@ class Engine(Protocol):
 
     @property
     def restarts(self) -> int: ...
+
+    @property
+    def picture_folder(self) -> Path | None: ...
 
     def state(self) -> EngineState: ...
 
@@ -75,6 +79,8 @@ class RemoteEngine:
     With `model_name` it must serve a model of that name. How it does is asked once a second at most. `restarts` counts
     how often it came back after it had been away: what was loaded into it may be gone.
     """
+
+    picture_folder: Path | None = None
 
     def __init__(self, base_url: str, api_key: str | None = None, model_name: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
@@ -139,6 +145,7 @@ class LocalEngine:
     """
 
     restarts = 0  # `serving.restarting` starts another one
+    picture_folder: Path | None = None  # from `start` until the supervisor, which removes it, ends
 
     def __init__(
         self,
@@ -174,9 +181,11 @@ class LocalEngine:
 
     def start(self) -> None:
         """Start vLLM and return at once; `state` says how far it is."""
+        self.picture_folder = new_picture_folder()
+        reads = [] if self.picture_folder is None else ["--allowed-local-media-path", str(self.picture_folder)]
         with self.log_path.open("ab") as log:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-P", supervisor.__file__, str(os.getpid()), *self._command],
+                [*supervised(self.picture_folder), *self._command, *reads],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

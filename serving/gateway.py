@@ -92,7 +92,7 @@ def create_gateway(
         plain_text=PlainText(Tokenizer.from_file(str(facts.folder / "tokenizer.json")), facts.picture_token),
         most_pictures=limits.most_pictures,
         picture_limits=limits.picture,
-        pictures=SafePictures(limits.picture, remote_hosts),
+        pictures=SafePictures(limits.picture, remote_hosts, lambda: engine.picture_folder),
         context_length=facts.context_length,
         opening=anyio.CapacityLimiter(limits.pictures_opened_at_once),
     )

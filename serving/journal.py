@@ -67,6 +67,7 @@ class Journal:
             status = 500
             raise
         finally:
+            note.let_go()
             seconds = time.monotonic() - note.started
             # No status: the client went away before there was one, which proxies log as 499.
             self.metrics.observe(scope, path, status or 499, seconds, note)

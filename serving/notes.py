@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.requests import HTTPConnection
 
+from serving.engine_pictures import EnginePicture
 from serving.keys import Key
 
 
@@ -14,7 +15,8 @@ from serving.keys import Key
 class Note:
     """One request's. `first_piece` is the time of the first event of a streamed answer; times are `time.monotonic`.
 
-    No word and no picture of the request is in here, except in `body` where the person who runs the server told so.
+    `held` are the pictures that the engine still reads, each with the field that it came in. No word of the request is
+    in here, except in `body` where the person who runs the server told so.
     """
 
     request_id: str
@@ -29,10 +31,16 @@ class Note:
     body_bytes: int = 0
     sent_bytes: int = 0
     body: bytes | None = None
+    held: list[tuple[EnginePicture, str]] = field(default_factory=list)
 
     def owner(self) -> str | None:
         """The name of the key, to which belongs what the request makes; None where no key is asked for."""
         return self.key.name if self.key else None
+
+    def let_go(self) -> None:
+        """Let go of the pictures, for the request is over."""
+        while self.held:
+            self.held.pop()[0].let_go()
 
     def take_pictures(self, count: int) -> None:
         """Count pictures before they are looked at. Raises ApiError (429) where the key may send no more today."""

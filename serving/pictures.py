@@ -10,23 +10,19 @@ from pathlib import Path
 from ssl import SSLContext
 
 import anyio
-from PIL import Image
 
 from assistant.images import (
     PictureError,
     PictureLimits,
     decode_data_url,
-    encode_bitmap_url,
-    encode_data_url,
     open_picture,
-    picture_size,
+    read_header,
 )
 from assistant.remote_pictures import RemotePictures, Resolve, addresses_of, is_public
+from serving.engine_pictures import EnginePicture, picture_for_engine, plain_jpeg
 
 SECONDS_TO_FETCH = 8.0
 FETCHES_AT_ONCE = 8
-SMALL_BITMAP = 3_000_000  # bytes
-MOST_UNPACKING = 16  # times the length of the file that was sent
 
 
 class RemoteHosts:
@@ -64,19 +60,6 @@ class RemoteHosts:
         return self._resolve(host, port)
 
 
-def url_for_engine(image: Image.Image, file_bytes: int) -> str:
-    """A data URL of the picture, with every pixel as it is; `file_bytes` is the length of the file that it came from.
-
-    A PNG of 640 x 640 pixels takes 35 ms to write and the engine 12 ms to read, on the cores that generate; a bitmap
-    takes half a millisecond for either. Only a picture that is large, and much larger than its file, is a PNG all the
-    same, which is small then too: or short bodies could fill the memory.
-    """
-    bitmap = 3 * image.width * image.height
-    if bitmap <= max(SMALL_BITMAP, MOST_UNPACKING * file_bytes):
-        return encode_bitmap_url(image)
-    return encode_data_url(image)
-
-
 class Room:
     """Lets threads unpack so many pixels at once, in the order they came: many small pictures, or one of the largest.
 
@@ -110,11 +93,19 @@ class SafePictures:
     knows them and looks only once. Safe to call from several threads.
     """
 
-    def __init__(self, limits: PictureLimits, remote: RemoteHosts | None = None, cache_bytes: int = 64 * 2**20) -> None:
+    def __init__(
+        self,
+        limits: PictureLimits,
+        remote: RemoteHosts | None = None,
+        folder: Callable[[], Path | None] = lambda: None,
+        cache_bytes: int = 64 * 2**20,
+    ) -> None:
+        """`folder` says where the engine reads files of ours now, if it does; another engine reads in another."""
         self.limits = limits
         self._remote = remote
+        self._folder = folder
         self._cache_bytes = cache_bytes
-        self._kept: OrderedDict[bytes, str] = OrderedDict()
+        self._kept: OrderedDict[tuple[Path | None, bytes], EnginePicture] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
         self._room = Room(limits.max_pixels)
@@ -144,29 +135,47 @@ class SafePictures:
             raise failed[0]
         return found
 
-    def safe_url(self, source: str | bytes) -> str:
-        """A data URL of the picture in `source`, a data URL or a file's bytes, opened and saved anew.
+    def safe_picture(self, source: str | bytes) -> EnginePicture:
+        """The picture in `source`, a data URL or a file's bytes, as the engine gets it.
+
+        The caller lets go of it when the engine has answered; if that is a refusal, it is to be checked.
 
         Raises:
-            PictureError: it cannot be used.
+            PictureError: it cannot be used, as far as is known before the engine opens a plain JPEG.
         """
         content = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
-        name = hashlib.blake2b(content, person=b"text" if isinstance(source, str) else b"file").digest()
+        digest = hashlib.blake2b(content, person=b"text" if isinstance(source, str) else b"file").digest()
+        name = (folder := self._folder(), digest)
         with self._lock:
-            if (url := self._kept.get(name)) is not None:
+            if (kept := self._kept.get(name)) is not None:
                 self._kept.move_to_end(name)
-                return url
+                kept.hold()
+                return kept
         picture = decode_data_url(source, self.limits) if isinstance(source, str) else source
-        width, height = picture_size(picture, self.limits)
-        with self._room.for_pixels(width * height):
-            url = url_for_engine(open_picture(picture, self.limits), len(picture))
-        self._keep(name, url)
-        return url
+        made = self._made_safe(picture, folder)
+        self._keep(name, made)
+        return made
 
-    def _keep(self, name: bytes, url: str) -> None:
+    def check(self, picture: EnginePicture) -> None:
+        """Open what nobody but the engine has opened. Raises PictureError where it cannot be used."""
+        if picture.unopened is not None:
+            with self._room.for_pixels(read_header(picture.unopened, self.limits).pixels):
+                open_picture(picture.unopened, self.limits)
+
+    def _made_safe(self, content: bytes, folder: Path | None) -> EnginePicture:
+        header = read_header(content, self.limits)
+        if header.is_plain_jpeg:
+            return plain_jpeg(content)
+        with self._room.for_pixels(header.pixels):
+            return picture_for_engine(open_picture(content, self.limits), len(content), folder)
+
+    def _keep(self, name: tuple[Path | None, bytes], picture: EnginePicture) -> None:
         with self._lock:
-            if name not in self._kept and len(url) <= self._cache_bytes:
-                self._kept[name] = url
-                self._kept_bytes += len(url)
+            if name not in self._kept and picture.size <= self._cache_bytes:
+                picture.hold()
+                self._kept[name] = picture
+                self._kept_bytes += picture.size
             while self._kept_bytes > self._cache_bytes:
-                self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+                _, oldest = self._kept.popitem(last=False)
+                self._kept_bytes -= oldest.size
+                oldest.let_go()

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from assistant.models import ModelError
 from serving.engine import EngineError, EngineState, LocalEngine, Phase
@@ -52,6 +53,10 @@ class RestartingEngine:
     @property
     def api_key(self) -> str | None:
         return self._engine.api_key
+
+    @property
+    def picture_folder(self) -> Path | None:
+        return self._engine.picture_folder
 
     def state(self) -> EngineState:
         """As of a `LocalEngine`; an engine that is to start again is loading, with the reason of its death told."""

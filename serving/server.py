@@ -98,6 +98,8 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=PatientProtocol,
+        # uvloop, which uvicorn would take, ended this process once with a segmentation fault (see docs/decisions.md).
+        loop="asyncio",
         ws="none",
         log_level="warning",
         timeout_graceful_shutdown=SECONDS_FOR_PAGES,

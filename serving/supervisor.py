@@ -1,24 +1,34 @@
 """Run one program, and end it with all its children when it stops, or when the process that asked for it is gone.
 
-Started by `serving.engine` as a process of its own: `python supervisor.py PARENT_PID COMMAND...`, with a pipe from the
-parent as standard input. However the parent ends, even by `kill -9`, the kernel closes that pipe, and this process
-lives on for the second it takes to clean up. It needs nothing but the standard library and psutil, so that it starts at
-once and stays small.
+Started as a process of its own (`supervised` begins the command), with a pipe from the parent as standard input.
+However the parent ends, even by `kill -9`, the kernel closes that pipe, and this process lives on for the second it
+takes to clean up. It needs nothing but the standard library and psutil, so that it starts at once and stays small.
 """
 
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
+NO_FOLDER = "-"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SECONDS_TO_END_ITSELF = 5.0
 SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def supervised(scratch: Path | None = None) -> list[str]:
+    """How the command begins that runs another under supervision, for this process as its parent.
+
+    `scratch` is a folder of the program's, which is removed when it ends.
+    """
+    return [sys.executable, "-P", __file__, str(os.getpid()), str(scratch or NO_FOLDER)]
 
 
 def prctl(option: int, argument: int) -> None:
@@ -100,7 +110,12 @@ def main() -> int:
     # The terminal's Ctrl-C is the parent's to handle; a request to end is ours, and passes through `finally`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    code = supervise(int(sys.argv[1]), sys.argv[2:])
+    parent, scratch, *command = sys.argv[1:]
+    try:
+        code = supervise(int(parent), command)
+    finally:
+        if scratch != NO_FOLDER:
+            shutil.rmtree(scratch, ignore_errors=True)
     return 128 - code if code < 0 else code
 
 

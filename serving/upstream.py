@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
+import aiohttp
 import anyio
-import httpx
 from fastapi import Request
 from pydantic import TypeAdapter
 from starlette.background import BackgroundTask
@@ -18,6 +18,8 @@ from serving.notes import Note, note_of
 
 SECONDS_TO_CONNECT = 5.0
 SECONDS_FOR_NUMBERS = 5.0
+PATIENT = aiohttp.ClientTimeout(total=None, sock_connect=SECONDS_TO_CONNECT)  # a long answer is no fault
+SECONDS_KEPT_OPEN = 3.0  # vLLM closes a connection that nobody uses for five, and would miss what is sent just then
 TRY_AGAIN = {"Retry-After": "5"}
 CHAT = "/v1/chat/completions"
 FAILURE = b'data: {"error"'  # how an event begins by which vLLM ends a stream that failed
@@ -50,26 +52,20 @@ class Upstream:
     def __init__(self, engine: Engine) -> None:
         """`engine` may change its address and its key when it starts anew."""
         self._engine = engine
-        self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=SECONDS_TO_CONNECT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            # A proxy of the environment is not for a neighbour, and would see the key.
-            trust_env=False,
-        )
+        self._opened: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._opened is not None:
+            await self._opened.close()
 
     async def get(self, path: str) -> bytes:
         """What the engine has at `path`. Raises EngineGone where it does not answer well."""
         try:
-            request = self._request("GET", path)
-            request.extensions["timeout"] = httpx.Timeout(SECONDS_FOR_NUMBERS).as_dict()
-            answer = await self._client.send(request)
-            answer.raise_for_status()
-        except httpx.HTTPError as error:
+            async with await self._ask("GET", path, timeout=aiohttp.ClientTimeout(SECONDS_FOR_NUMBERS)) as answer:
+                answer.raise_for_status()
+                return await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineGone(f"The engine does not answer {path}.") from error
-        return answer.content
 
     async def models(self) -> list[dict[str, Any]]:
         """What the engine says that it serves. Raises EngineGone where it does not answer well."""
@@ -81,11 +77,12 @@ class Upstream:
     async def tell(self, path: str, body: dict[str, Any]) -> None:
         """Have the engine do something that no client asked for. Raises EngineGone and EngineRefusal."""
         try:
-            answer = await self._client.send(self._request("POST", path, body))
-        except httpx.TransportError as error:
+            async with await self._ask("POST", path, body) as answer:
+                said = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineGone(f"The engine does not answer {path}.") from error
-        if answer.status_code != 200:
-            raise EngineRefusal(answer.status_code, (_error_in(answer) or {}).get("message"))
+        if answer.status != 200:
+            raise EngineRefusal(answer.status, (_error_in(said) or {}).get("message"))
 
     async def post(self, request: Request, path: str, body: dict[str, Any]) -> Response:
         """Send `body` to the engine and relay what comes back, streamed when the engine streams it."""
@@ -101,14 +98,31 @@ class Upstream:
         again = int(answer.headers.get("retry-after", 0))
         raise ApiError(answer.status_code, error["message"], param=error["param"], retry_after=again)
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Request:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout: aiohttp.ClientTimeout = PATIENT,
+    ) -> aiohttp.ClientResponse:
+        """The engine's answer, of which only the head has come. Raises aiohttp.ClientError and TimeoutError."""
         headers = {"Authorization": f"Bearer {self._engine.api_key}"} if self._engine.api_key else {}
         content = None
         if body is not None:
             # A third of the time that Python's own json takes, which counts where pictures are megabytes of base64.
             content = JSON.dump_json(body)
             headers |= {"Content-Type": "application/json"}
-        return self._client.build_request(method, self._engine.base_url + path, content=content, headers=headers)
+        url = self._engine.base_url + path
+        return await self._session().request(method, url, data=content, headers=headers, timeout=timeout)
+
+    def _session(self) -> aiohttp.ClientSession:
+        """The pool, which belongs to the event loop that runs when it is first needed."""
+        if self._opened is None:
+            # aiohttp reads an event in a quarter of httpx's time, and there is one for each token. It takes no proxy
+            # from the environment, which is not for a neighbour and would see the key.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=SECONDS_KEPT_OPEN)
+            self._opened = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self._opened
 
     async def _send(self, path: str, body: dict[str, Any], note: Note) -> Response:
         streamed = bool(body.get("stream"))
@@ -117,26 +131,21 @@ class Upstream:
             # We count it, and take it out again.
             body = body | {"stream_options": {"include_usage": True}}
         try:
-            answer = await self._client.send(self._request("POST", path, body), stream=streamed)
-            if answer.status_code == 500:
+            answer = await self._ask("POST", path, body)
+            if answer.status == 500:
                 # vLLM loses the picture of a request whose client went away, and fails the next request that shows it
                 # so that it is sent again (in its log: "P0/P1 cache drift").
-                await answer.aclose()
-                answer = await self._client.send(self._request("POST", path, body), stream=streamed)
-            if answer.status_code != 200:
-                await answer.aread()
-                return _relayed_error(answer, asks_for_form(body))
-        except httpx.TransportError:
+                answer.close()
+                answer = await self._ask("POST", path, body)
+            if not streamed or answer.status != 200:
+                async with answer:
+                    return _relayed(answer.status, await answer.read(), body, note)
+        except (aiohttp.ClientError, TimeoutError):
             return error_response(503, STOPPED, headers=TRY_AGAIN)
-        if not streamed:
-            if ABORTED in answer.content:
-                return error_response(503, STOPPED, headers=TRY_AGAIN)
-            note.take_usage(json.loads(answer.content).get("usage") or {})
-            return Response(answer.content, media_type="application/json")
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         # The task runs after a disconnect too, wherever in the relay that falls.
-        closing = BackgroundTask(answer.aclose)
-        relay = _relay(answer, note, wants_usage)
+        closing = BackgroundTask(answer.close)
+        relay = _relay(answer.content.iter_any(), note, wants_usage)
         return StreamingResponse(relay, headers=headers, media_type="text/event-stream", background=closing)
 
 
@@ -162,14 +171,14 @@ async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> N
     scope.cancel()
 
 
-async def _relay(answer: httpx.Response, note: Note, wants_usage: bool) -> AsyncIterator[bytes]:
+async def _relay(chunks: AsyncIterator[bytes], note: Note, wants_usage: bool) -> AsyncIterator[bytes]:
     """The engine's events as they come, counted. An engine that dies on the way is told as one, as clients read.
 
     An answer that is cut off never says what it took; then its pieces are counted, which are a token each or more.
     """
     pieces, told = 0, False
     try:
-        async for events in _whole_events(answer):
+        async for events in _whole_events(chunks):
             pieces += events.count(b"\n\n")
             if b'"usage"' in events:
                 events, usage = _without_usage(events, wants_usage)
@@ -177,17 +186,17 @@ async def _relay(answer: httpx.Response, note: Note, wants_usage: bool) -> Async
                 note.take_usage(usage)
             if events:
                 yield in_our_words(events)
-    except httpx.TransportError:
+    except aiohttp.ClientError:
         yield CUT_OFF + b"\n\n"
     finally:
         if not told:
             note.take_usage({"completion_tokens": pieces})
 
 
-async def _whole_events(answer: httpx.Response) -> AsyncIterator[bytes]:
+async def _whole_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """What came, cut at the ends of events (an empty line)."""
     rest = bytearray()
-    async for chunk in answer.aiter_bytes():
+    async for chunk in chunks:
         looked_at = max(0, len(rest) - 1)  # an event of many megabytes is searched once, not with each of its chunks
         rest += chunk
         end = rest.rfind(b"\n\n", looked_at)
@@ -232,24 +241,34 @@ def asks_for_form(body: Mapping[str, Any]) -> bool:
     return "structured_outputs" in body or asked.get("type", "text") != "text"
 
 
-def _relayed_error(answer: httpx.Response, for_form: bool) -> Response:
+def _relayed(status: int, content: bytes, body: Mapping[str, Any], note: Note) -> Response:
+    """The engine's whole answer to `body`, counted."""
+    if status != 200:
+        return _relayed_error(status, content, asks_for_form(body))
+    if ABORTED in content:
+        return error_response(503, STOPPED, headers=TRY_AGAIN)
+    note.take_usage(json.loads(content).get("usage") or {})
+    return Response(content, media_type="application/json")
+
+
+def _relayed_error(status: int, content: bytes, for_form: bool) -> Response:
     """vLLM's refusal with its own words; its failures without, for they may quote paths and traces."""
-    if answer.status_code == 500 and for_form:
+    if status == 500 and for_form:
         # vLLM checks a form before it takes it, but xgrammar finds some faults (`minLength: -2`) only when it compiles
         # it, and others (a schema that nothing satisfies) when no token is left to go on with. Then vLLM says 500.
         return error_response(400, "The form of the answer (response_format, structured_outputs) cannot be fulfilled.")
-    if answer.status_code >= 500:
+    if status >= 500:
         return error_response(503, "The engine failed on this request.", headers=TRY_AGAIN)
-    error = _error_in(answer)
+    error = _error_in(content)
     if error is None:
-        return error_response(answer.status_code, "The engine refused this request.")
-    return error_response(answer.status_code, str(error.get("message", "")), error.get("param"))
+        return error_response(status, "The engine refused this request.")
+    return error_response(status, str(error.get("message", "")), error.get("param"))
 
 
-def _error_in(answer: httpx.Response) -> dict[str, Any] | None:
+def _error_in(said: bytes) -> dict[str, Any] | None:
     """The error object in an answer of vLLM, where there is one."""
     try:
-        content = answer.json()
+        content = json.loads(said)
     except ValueError:
         return None
     error = content.get("error") if isinstance(content, dict) else None

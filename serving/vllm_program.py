@@ -38,7 +38,7 @@ def vllm_command(facts: ModelFacts, model_name: str, port: int, dtype: Dtype, mo
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     # The default is 999 pictures a request.
     command += ["--limit-mm-per-prompt", json.dumps({"image": most_pictures, "video": 0, "audio": 0})]
-    # The gateway sends nothing but data URLs. Should any address slip through, it is none of these.
+    # The gateway sends data URLs and files of one folder. Should any address slip through, it is none of these.
     command += ["--allowed-media-domains", "no.address.is.allowed.invalid"]
     # 4 GiB by default, and twice: too much for a small machine.
     command += ["--mm-processor-cache-gb", "0.5"]

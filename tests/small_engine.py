@@ -1,11 +1,16 @@
 """A small program that answers as vLLM does, for tests of what stands before it; it waits as long as it is told."""
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from serving.engine import EngineState, Phase, free_port
 
@@ -17,6 +22,7 @@ class SmallEngine:
 
     api_key: str | None = "the engine's key"
     restarts = 0
+    picture_folder: Path | None = None
 
     def __init__(self, port: int | None = None, state: EngineState | None = None) -> None:
         self.base_url = f"http://127.0.0.1:{port or free_port()}"
@@ -55,6 +61,19 @@ def small_engine() -> Iterator[SmallEngine]:
         server.server_close()
 
 
+def picture_fault(body: dict[str, Any]) -> str | None:
+    """What vLLM says of the first picture in a chat that it cannot open."""
+    for message in body["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            url = part.get("image_url", {}).get("url", "")
+            if url.startswith("data:"):
+                try:
+                    Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).load()
+                except OSError as error:
+                    return f"Failed to load image: {error}"
+    return None
+
+
 def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -69,6 +88,10 @@ def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             engine.seen.append(body)
             engine.go_on.wait(60)
+            if (fault := picture_fault(body)) is not None:
+                content = json.dumps({"error": {"message": fault, "type": "BadRequestError", "code": 400}})
+                self._answer(content.encode(), "application/json", 400)
+                return
             message = {"role": "assistant", "content": engine.text}
             if not body.get("stream"):
                 choice = {"index": 0, "message": message, "finish_reason": engine.finish_reason}
@@ -82,8 +105,8 @@ def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
             lines = [f"data: {json.dumps(event, separators=(',', ':'))}\n\n" for event in events]
             self._answer("".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
 
-        def _answer(self, content: bytes, kind: str) -> None:
-            self.send_response(200)
+        def _answer(self, content: bytes, kind: str, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

@@ -67,7 +67,7 @@ print("up", flush=True)
 PARENT = """
 import os, subprocess, sys, time
 process = subprocess.Popen(
-    [sys.executable, sys.argv[1], str(os.getpid()), sys.executable, "-c", sys.argv[2]],
+    [sys.executable, sys.argv[1], str(os.getpid()), sys.argv[3], sys.executable, "-c", sys.argv[2]],
     stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
 )
 process.stdout.readline()
@@ -80,9 +80,9 @@ Family = tuple[subprocess.Popen[bytes], list[psutil.Process]]
 
 
 @contextlib.contextmanager
-def parent_of(program: str, also: str = "") -> Iterator[Family]:
+def parent_of(program: str, also: str = "", scratch: Path | str = supervisor.NO_FOLDER) -> Iterator[Family]:
     """A process that runs `program` under a supervisor; and the supervisor, the program and its stubborn child."""
-    command = [sys.executable, "-c", PARENT.format(also=also), supervisor.__file__, program]
+    command = [sys.executable, "-c", PARENT.format(also=also), supervisor.__file__, program, str(scratch)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         everybody: list[psutil.Process] = []
         try:
@@ -99,10 +99,15 @@ def parent_of(program: str, also: str = "") -> Iterator[Family]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSEGV])
-def test_nothing_outlives_a_parent_that_a_signal_ends(number: signal.Signals) -> None:
-    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)")) as (parent, descendants):
+def test_nothing_outlives_a_parent_that_a_signal_ends(number: signal.Signals, tmp_path: Path) -> None:
+    scratch = tmp_path / "pictures"
+    scratch.mkdir()
+    (scratch / "one.bmp").touch()
+    with parent_of(STUBBORN_PROGRAM.format(then="time.sleep(600)"), scratch=scratch) as (parent, descendants):
+        assert scratch.exists()
         parent.send_signal(number)
         wait_until(lambda: not living(descendants), 120, "all descendants ended")
+    assert not scratch.exists()
 
 
 def test_nothing_outlives_a_parent_whose_pipe_a_fork_holds_open() -> None:
@@ -126,7 +131,7 @@ def test_the_program_ends_when_its_supervisor_is_killed() -> None:
 
 @pytest.mark.parametrize(("ending", "code"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
 def test_the_exit_code_passes_through(ending: str, code: int) -> None:
-    command = [sys.executable, supervisor.__file__, str(os.getpid()), sys.executable, "-c", f"import os, sys; {ending}"]
+    command = [*supervisor.supervised(), sys.executable, "-c", f"import os, sys; {ending}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.wait(10) == code
 

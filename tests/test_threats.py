@@ -307,13 +307,14 @@ def test_the_same_picture_is_opened_once_and_comes_out_the_same(monkeypatch: pyt
     monkeypatch.setattr("serving.pictures.open_picture", counting)
     noise = Image.effect_noise((40, 30), 80).convert("RGB")
     url = data_url(encoded(noise))
-    assert pictures.safe_url(url) == pictures.safe_url(url) == SafePictures(DEFAULT_LIMITS).safe_url(encoded(noise))
+    assert pictures.safe_picture(url) is pictures.safe_picture(url)
+    assert pictures.safe_picture(url).url == SafePictures(DEFAULT_LIMITS).safe_picture(encoded(noise)).url
     assert len(opened) == 2
     for number in range(50):
-        pictures.safe_url(data_url(encoded(Image.effect_noise((60, 60), number + 1).convert("RGB"))))
+        pictures.safe_picture(data_url(encoded(Image.effect_noise((60, 60), number + 1).convert("RGB"))))
     assert pictures._kept_bytes <= 100_000
-    assert sum(map(len, pictures._kept.values())) == pictures._kept_bytes
-    pictures.safe_url(url)
+    assert sum(picture.size for picture in pictures._kept.values()) == pictures._kept_bytes
+    pictures.safe_picture(url)
     assert len(opened) == 2 + 50 + 1, "it was forgotten for newer ones"
 
 
@@ -321,14 +322,19 @@ def test_the_same_picture_is_opened_once_and_comes_out_the_same(monkeypatch: pyt
     ("size", "noise", "kind"), [((41, 30), 80, "bmp"), ((1_200, 900), 80, "bmp"), ((1_200, 900), 0, "png")]
 )
 def test_every_pixel_reaches_the_engine_and_short_files_do_not_become_long(
-    size: tuple[int, int], noise: int, kind: str
+    size: tuple[int, int], noise: int, kind: str, tmp_path: Path
 ) -> None:
     grey = Image.effect_noise(size, noise)
     ramp = Image.linear_gradient("L").resize(size)
     picture = Image.merge("RGB", [grey, ramp, grey.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
-    url = SafePictures(DEFAULT_LIMITS).safe_url(encoded(picture))
-    assert url.startswith(f"data:image/{kind};base64,")
-    assert open_picture(decode_data_url(url)).tobytes() == picture.tobytes()
+    told = SafePictures(DEFAULT_LIMITS).safe_picture(encoded(picture))
+    assert told.url.startswith(f"data:image/{kind};base64,")
+    assert open_picture(decode_data_url(told.url)).tobytes() == picture.tobytes()
+    as_file = SafePictures(DEFAULT_LIMITS, folder=lambda: tmp_path).safe_picture(encoded(picture))
+    [file] = tmp_path.iterdir()
+    assert as_file.url == file.as_uri()
+    assert file.suffix == f".{kind}"
+    assert open_picture(file.read_bytes()).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize(

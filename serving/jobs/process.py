@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving import supervisor
+from serving.supervisor import supervised
 from serving.vllm_program import death_reason
 
 NICEST = 19  # of the kernel's 20 ranks below the usual one: whoever else wants the cores has nearly all of them
@@ -31,7 +31,7 @@ class JobProcess:
             fcntl.flock(errors, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with output.open("wb") as answers:
                 self._supervisor = subprocess.Popen(
-                    [sys.executable, "-P", supervisor.__file__, str(os.getpid()), *command],
+                    [*supervised(), *command],
                     stdin=subprocess.PIPE,
                     stdout=answers,
                     stderr=errors,

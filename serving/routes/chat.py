@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from serving.chat_service import (
     ChatService,
+    ask_engine,
     chat_service,
     check_engine,
     check_model,
@@ -33,5 +34,5 @@ async def chat_completions(
     check_pictures(body.messages, "messages", service, note_of(request))
     await check_engine(service.engine)
     await service.adapters.hold(model)
-    upstream_body = body.sampling() | {"messages": await safe_messages(body.messages, service)}
-    return await service.upstream.post(request, "/v1/chat/completions", upstream_body)
+    upstream_body = body.sampling() | {"messages": await safe_messages(body.messages, service, note_of(request))}
+    return await ask_engine(request, "/v1/chat/completions", upstream_body, service)

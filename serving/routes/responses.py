@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from serving.chat_service import (
     ChatService,
+    ask_engine,
     chat_service,
     check_engine,
     check_model,
@@ -36,8 +37,8 @@ async def responses(
     check_pictures(messages, "input", service, note_of(request))
     await check_engine(service.engine)
     await service.adapters.hold(model)
-    items = [_as_item(message) for message in await safe_messages(messages, service)]
-    answer = await service.upstream.post(request, PATH, body.sampling() | {"input": items, "store": False})
+    items = [_as_item(message) for message in await safe_messages(messages, service, note_of(request))]
+    answer = await ask_engine(request, PATH, body.sampling() | {"input": items, "store": False}, service)
     if answer.status_code == 404:
         raise ApiError(404, "The engine behind this server has no /v1/responses; use /v1/chat/completions.")
     return answer
