@@ -25,14 +25,14 @@ log = logging.getLogger("kangaroo.pictures")
 class EnginePicture:
     """A picture as the engine gets it: `url`, which takes `size` bytes of memory.
 
-    It was opened and saved anew, or is a plain JPEG, `unopened`, that the engine is the first to open. The file behind
-    `url`, where there is one, lasts until all who hold the picture have let go of it; whoever makes one holds it.
+    It was opened and saved anew, or is a plain JPEG that the engine is the first to open (`is_unopened`). The file
+    behind `url`, where there is one, lasts until all who hold the picture let go of it; whoever makes one holds it.
     """
 
-    def __init__(self, url: str, size: int, file: Path | None = None, unopened: bytes | None = None) -> None:
+    def __init__(self, url: str, size: int, file: Path | None = None, is_unopened: bool = False) -> None:
         self.url = url
         self.size = size
-        self.unopened = unopened
+        self.is_unopened = is_unopened
         self._file = file
         self._holders = 1
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ def picture_for_engine(image: Image.Image, file_bytes: int, folder: Path | None)
 def plain_jpeg(content: bytes) -> EnginePicture:
     """The file as it was sent, for the engine decodes it as we would: it is small, and is decoded once, not twice."""
     url = "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
-    return EnginePicture(url, len(url) + len(content), unopened=content)
+    return EnginePicture(url, len(url), is_unopened=True)
 
 
 def _as_file(image: Image.Image, file: Path) -> EnginePicture:

@@ -158,9 +158,10 @@ class SafePictures:
 
     def check(self, picture: EnginePicture) -> None:
         """Open what nobody but the engine has opened. Raises PictureError where it cannot be used."""
-        if picture.unopened is not None:
-            with self._room.for_pixels(read_header(picture.unopened, self.limits).pixels):
-                open_picture(picture.unopened, self.limits)
+        if picture.is_unopened:
+            content = decode_data_url(picture.url, self.limits)
+            with self._room.for_pixels(read_header(content, self.limits).pixels):
+                open_picture(content, self.limits)
 
     def _made_safe(self, content: bytes, folder: Path | None) -> EnginePicture:
         header = read_header(content, self.limits)

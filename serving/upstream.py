@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import anyio
+import httpx
 from fastapi import Request
 from pydantic import TypeAdapter
 from starlette.background import BackgroundTask
@@ -113,14 +114,18 @@ class Upstream:
             content = JSON.dump_json(body)
             headers |= {"Content-Type": "application/json"}
         url = self._engine.base_url + path
-        return await self._session().request(method, url, data=content, headers=headers, timeout=timeout)
+        # A redirect is no answer, and could lead the key elsewhere.
+        how: dict[str, Any] = {"headers": headers, "timeout": timeout, "allow_redirects": False}
+        return await self._session().request(method, url, data=content, **how)
 
     def _session(self) -> aiohttp.ClientSession:
         """The pool, which belongs to the event loop that runs when it is first needed."""
         if self._opened is None:
             # aiohttp reads an event in a quarter of httpx's time, and there is one for each token. It takes no proxy
             # from the environment, which is not for a neighbour and would see the key.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=SECONDS_KEPT_OPEN)
+            # Certificates are those that `serving.engine` trusts when it looks at the engine.
+            trusted = httpx.create_ssl_context(trust_env=False)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=SECONDS_KEPT_OPEN, ssl=trusted)
             self._opened = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         return self._opened
 
@@ -257,7 +262,7 @@ def _relayed_error(status: int, content: bytes, for_form: bool) -> Response:
         # vLLM checks a form before it takes it, but xgrammar finds some faults (`minLength: -2`) only when it compiles
         # it, and others (a schema that nothing satisfies) when no token is left to go on with. Then vLLM says 500.
         return error_response(400, "The form of the answer (response_format, structured_outputs) cannot be fulfilled.")
-    if status >= 500:
+    if status >= 500 or status < 400:
         return error_response(503, "The engine failed on this request.", headers=TRY_AGAIN)
     error = _error_in(content)
     if error is None:
