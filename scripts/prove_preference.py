@@ -51,14 +51,15 @@ def main(
     part: Annotated[list[str] | None, typer.Option(help="preference, reward or reinforce; all where unset.")] = None,
     prefer_steps: Annotated[int, typer.Option(min=1)] = 150,
     reward_steps: Annotated[int, typer.Option(min=1)] = 150,
-    reinforce_steps: Annotated[int, typer.Option(min=1)] = 120,
-    kind: Annotated[str, typer.Option(help="The kind of scene and of question that is reinforced.")] = "count",
+    reinforce_steps: Annotated[int, typer.Option(min=1)] = 90,
+    scenes: Annotated[str, typer.Option(help="The kind of scene that is reinforced.")] = "small shape",
+    ask: Annotated[str, typer.Option(help="The kind of question that is reinforced.")] = "yes_no",
 ) -> None:
     """Run the parts, and write down what they changed."""
     options = {
         "preference": ["--steps", str(prefer_steps), "--imitation", "0.1"],
         "reward": ["--steps", str(reward_steps)],
-        "reinforce": ["--steps", str(reinforce_steps), "--scenes", kind, "--ask", kind],
+        "reinforce": ["--steps", str(reinforce_steps), "--scenes", scenes, "--ask", ask],
     }
     scores: dict[str, Any] = {}
     for stage in part or list(PARTS):
