@@ -98,7 +98,7 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=PatientProtocol,
-        # uvloop, which uvicorn would take, ended this process once with a segmentation fault (see docs/decisions.md).
+        # uvloop, which uvicorn would take, ended a test run with a segmentation fault (docs/decisions.md).
         loop="asyncio",
         ws="none",
         log_level="warning",

@@ -63,7 +63,8 @@ class Upstream:
         """What the engine has at `path`. Raises EngineGone where it does not answer well."""
         try:
             async with await self._ask("GET", path, timeout=aiohttp.ClientTimeout(SECONDS_FOR_NUMBERS)) as answer:
-                answer.raise_for_status()
+                if answer.status != 200:
+                    raise EngineGone(f"The engine answers {path} with {answer.status}.")
                 return await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineGone(f"The engine does not answer {path}.") from error
