@@ -207,7 +207,12 @@ def test_a_head_that_trickles_in_is_dropped_whatever_came_before(
         connection_to(address) as connection,
     ):
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert b"200 OK" in connection.recv(4096)
+        answer = b""
+        while not answer.endswith(b"}}"):  # head and body may come one after the other
+            more = connection.recv(4096)
+            assert more, "the first request is answered whole"
+            answer += more
+        assert answer.startswith(b"HTTP/1.1 200 OK")
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
         connection.settimeout(0.1)
         answered = b"nothing yet"
