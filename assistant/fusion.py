@@ -175,11 +175,26 @@ def _config_in_llava(tower: PreTrainedModel) -> PretrainedConfig:
     return type(tower.config)(**config)
 
 
-def _copy_parts(model: Llava, tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
-    """Copy the weights of both parts into `model`."""
+def replace_tower(model: Llava, tower: PreTrainedModel) -> None:
+    """Copy the weights of `tower` over those of the model's own, which has to be of the same kind and shape.
+
+    Raises ModelError where it is not.
+    """
+    own = model.model.vision_tower
     head = {f"head.{name}" for name, _ in tower.head.named_parameters()} if hasattr(tower, "head") else set()
     weights = {name: value for name, value in tower.state_dict().items() if name not in head}
-    model.model.vision_tower.load_state_dict(weights, strict=True)
+    shapes = {name: value.shape for name, value in own.state_dict().items()}
+    if type(tower) is not type(own) or {name: value.shape for name, value in weights.items()} != shapes:
+        raise ModelError(
+            f"a {type(tower).__name__} of width {tower.config.hidden_size} cannot take the place of the model's "
+            f"{type(own).__name__} of width {own.config.hidden_size}: the two differ in their weights"
+        )
+    own.load_state_dict(weights, strict=True)
+
+
+def _copy_parts(model: Llava, tower: PreTrainedModel, language_model: PreTrainedModel) -> None:
+    """Copy the weights of both parts into `model`."""
+    replace_tower(model, tower)
     model.model.language_model.load_state_dict(language_model.model.state_dict(), strict=True)
     with torch.no_grad():
         model.lm_head.weight.copy_(language_model.lm_head.weight)

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 
 LONGEST_WAVE = 10_000
-AMPLITUDE = 0.1  # of the start: at 1 a new tower sees all pictures alike, for its patches start small too
+# Of the start. At 1 a new tower sees all pictures alike where its patches start small, as in all families but SigLIP;
+# there they start at the size of pixels and drown a tenth (docs/decisions.md has what either brought).
+AMPLITUDE, AMPLITUDE_OF_SIGLIP = 0.1, 1.0
 
 
-def start_positions(embeddings: nn.Module, side: int) -> None:
+def start_positions(embeddings: nn.Module, side: int, amplitude: float) -> None:
     """Write `sine_positions` into the embeddings of a CLIP, SigLIP, DINOv2 or ViT whose grid is `side` x `side`.
 
     They are trained on from there. Drawn at random and small, as transformers does, they are drowned by what patches
@@ -18,7 +20,7 @@ def start_positions(embeddings: nn.Module, side: int) -> None:
     )
     with torch.no_grad():
         # The patches come last: some families have a class token before them.
-        table.view(-1, table.shape[-1])[-side * side :] = AMPLITUDE * sine_positions(side, table.shape[-1]).to(table)
+        table.view(-1, table.shape[-1])[-side * side :] = amplitude * sine_positions(side, table.shape[-1]).to(table)
 
 
 def sine_positions(side: int, width: int) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenizers import processors
+from torch import nn
 from transformers import (
     BaseImageProcessor,
     BitImageProcessor,
@@ -35,7 +36,7 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from assistant.models import ModelError
-from assistant.position_embeddings import start_positions
+from assistant.position_embeddings import AMPLITUDE, AMPLITUDE_OF_SIGLIP, start_positions
 
 BILINEAR = 2  # PIL's number
 CLIP_END_TOKEN = "<|endoftext|>"  # OpenAI's name for it
@@ -106,8 +107,13 @@ def new_model(shape: ViTShape | ResNetShape) -> PreTrainedModel:
         kind, depths, widths = RESNETS[shape.depth]
         return ResNetModel(ResNetConfig(layer_type=kind, depths=list(depths), hidden_sizes=list(widths)))
     model = _NEW_MODEL[shape.family](shape)
-    start_positions(model.get_submodule("embeddings"), shape.image_side // shape.patch)
+    _place_patches(model.get_submodule("embeddings"), shape)
     return model
+
+
+def _place_patches(embeddings: nn.Module, shape: ViTShape) -> None:
+    amplitude = AMPLITUDE_OF_SIGLIP if shape.family == "siglip" else AMPLITUDE
+    start_positions(embeddings, shape.image_side // shape.patch, amplitude)
 
 
 def _sizes(shape: ViTShape) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def new_pair(shape: ViTShape, text: TextShape, tokenizer: PreTrainedTokenizerBas
         )
     else:
         raise ValueError(f"a tower with a text half is a clip or a siglip, not a {shape.family}")
-    start_positions(pair.get_submodule("vision_model.embeddings"), shape.image_side // shape.patch)
+    _place_patches(pair.get_submodule("vision_model.embeddings"), shape)
     return pair
 
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from assistant.checkpoint import load_llava, load_model
-from assistant.fusion import squeezing
+from assistant.fusion import FEATURE_LAYER, squeezing
 from assistant.models import ModelError, find_tower, read_json
 from assistant.tower_families import ResNet, TowerOutput, TransformerFamily, family_of, layer_numbers
 from assistant.tower_shapes import (
@@ -151,6 +151,25 @@ class Tower(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, None)
         return family.leave(self.model, tokens)
+
+    @property
+    def layers_looked_at(self) -> Sequence[nn.Module]:
+        """Those before the features that a language model is joined to."""
+        return self.layers[: len(self.layers) + 1 + FEATURE_LAYER]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, N, D): the patches as a language model looks at them, a layer before the last one, not normalised.
+
+        Of normalised pixels (B, 3, H, W). Raises ValueError for a ResNet, which has no patch tokens.
+        """
+        family = self._family
+        if isinstance(family, ResNet):
+            raise ValueError("a ResNet has no patch tokens for a language model to look at")
+        tokens = family.place(self.model, family.embed(self.model, pixels), pixels.shape[-2], pixels.shape[-1])
+        tokens = family.enter(self.model, tokens)
+        for layer in self.layers_looked_at:
+            tokens = layer(tokens, None)
+        return tokens[:, family.leading(self.model) :]
 
     def own_mask_token(self) -> nn.Parameter | None:
         """DINOv2's mask token (1, D), which its checkpoints hold; None for the others."""

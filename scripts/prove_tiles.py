@@ -1,7 +1,8 @@
 """Shows that what is small in a large picture is read with tiles: trains Joey with them and without, measures both.
 
-Both see the same generated pictures in the same order, for as many steps, with the same settings; the one sees each
-picture in 160 x 160 pixels, the other in these and in tiles. Measured on pictures that neither saw.
+Both learn to read first, in one stage that they share. Then both see the same generated pictures in the same order, for
+as many steps, with the same settings; the one sees each picture in 160 x 160 pixels, the other in these and in tiles.
+Measured on pictures that neither saw.
 """
 
 import json
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from assistant.answering import Assistant, Request
-from training.config import InstructStage, Recipe, read_recipe, rehearsal
+from training.config import InstructStage, Recipe, TowerStage, read_recipe, rehearsal
 from training.data.scenes import EVALUATION_SEED, Question, Scene, SceneKind, make_scene
 from training.evaluation.answers import Accuracy, accuracy
 from training.evaluation.scorecard import answer_all
@@ -30,6 +31,7 @@ SIDE = 320  # pixels of the pictures, as in the recipe
 ASKED: dict[SceneKind, str] = {"small word": "word", "small shape": "shape"}  # the kind of question for each
 ANSWER_TOKENS = 4
 BATCH = 16
+SQUARES = "squares"  # the stage of the arm without tiles, beside the other's in one folder
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,21 @@ def measured(name: str, assistant: Assistant, count: int, seconds: float | None 
 def without_tiles(recipe: Recipe) -> Recipe:
     """The same recipe, whose model goes on seeing squares."""
     stages = tuple(
-        stage.model_copy(update={"tiles": ()}) if isinstance(stage, InstructStage) else stage for stage in recipe.stages
+        stage.model_copy(update={"tiles": (), "name": SQUARES}) if stage.name == recipe.publish else stage
+        for stage in recipe.stages
     )
-    return recipe.model_copy(update={"name": f"{recipe.name}-none", "stages": stages})
+    return recipe.model_copy(update={"stages": stages, "publish": SQUARES})
 
 
 def changed(recipe: Recipe, start_from: str | None, steps: int | None, batch: int | None) -> Recipe:
     """The recipe on another model, or with another number or size of steps, where they are said."""
-    stages = []
+    said: dict[str, Any] = {"steps": steps, "batch_size": batch}
+    stages, made = [], {stage.name for stage in recipe.stages}
     for stage in recipe.stages:
-        said: dict[str, Any] = {"steps": steps, "batch_size": batch}
-        schedule = stage.schedule.model_copy(update={name: value for name, value in said.items() if value})  # type: ignore[union-attr]
-        update: dict[str, Any] = {"schedule": schedule} | ({"start_from": start_from} if start_from else {})
-        stages.append(stage.model_copy(update=update))
+        assert isinstance(stage, TowerStage | InstructStage)
+        schedule = stage.schedule.model_copy(update={name: value for name, value in said.items() if value})
+        start = {"start_from": start_from} if start_from and stage.start_from not in made else {}
+        stages.append(stage.model_copy(update={"schedule": schedule} | start))
     return recipe.model_copy(update={"stages": tuple(stages)})
 
 

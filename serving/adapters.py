@@ -224,6 +224,8 @@ class AdapterShelf:
         return self._base_hash
 
     async def _is_ready(self) -> bool:
+        if self._engine.is_ready():
+            return True
         state = await anyio.to_thread.run_sync(self._engine.state)
         return state.phase is Phase.READY
 

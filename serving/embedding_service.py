@@ -54,7 +54,7 @@ class EmbeddingService:
         return self._loaded
 
 
-def embedding_service(request: Request) -> EmbeddingService:
+async def embedding_service(request: Request) -> EmbeddingService:
     """The service of the app that `request` came to."""
     service = request.app.state.embedding_service
     assert isinstance(service, EmbeddingService)

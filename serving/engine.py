@@ -68,6 +68,9 @@ class Engine(Protocol):
     @property
     def picture_folder(self) -> Path | None: ...
 
+    def is_ready(self) -> bool:
+        """Whether it is known to be. Waits for nobody, so that it may be asked between two events of other answers."""
+
     def state(self) -> EngineState: ...
 
     def log_tail(self) -> str: ...
@@ -89,6 +92,11 @@ class RemoteEngine:
         self._known: tuple[float, str, EngineState] | None = None
         self._was_ready = self._went_away = False
         self.restarts = 0
+
+    def is_ready(self) -> bool:
+        if self._known is None or self._known[1] != self.base_url:
+            return False
+        return time.monotonic() - self._known[0] < SECONDS_BETWEEN_LOOKS and self._known[2].phase is Phase.READY
 
     def state(self) -> EngineState:
         now = time.monotonic()
@@ -209,6 +217,10 @@ class LocalEngine:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def is_ready(self) -> bool:
+        lives = self._supervisor is not None and self._supervisor.poll() is None
+        return lives and self.has_answered and not self._is_stopped
 
     def state(self) -> EngineState:
         if self._is_stopped:

@@ -58,6 +58,9 @@ class RestartingEngine:
     def picture_folder(self) -> Path | None:
         return self._engine.picture_folder
 
+    def is_ready(self) -> bool:
+        return self._resting is None and self._engine.is_ready()
+
     def state(self) -> EngineState:
         """As of a `LocalEngine`; an engine that is to start again is loading, with the reason of its death told."""
         if (resting := self._resting) is not None:

@@ -100,6 +100,19 @@ class Upstream:
         again = int(answer.headers.get("retry-after", 0))
         raise ApiError(answer.status_code, error["message"], param=error["param"], retry_after=again)
 
+    async def _ask_again(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """As `_ask`; a connection that ends before there is any answer is no answer, and the next one may be well.
+
+        vLLM closes connections that nobody used for a while, and one may be taken in that very moment. Raises
+        aiohttp.ClientError and TimeoutError, in the first place where nobody listens any more.
+        """
+        try:
+            return await self._ask("POST", path, body)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            return await self._ask("POST", path, body)
+
     async def _ask(
         self,
         method: str,
@@ -137,7 +150,7 @@ class Upstream:
             # We count it, and take it out again.
             body = body | {"stream_options": {"include_usage": True}}
         try:
-            answer = await self._ask("POST", path, body)
+            answer = await self._ask_again(path, body)
             if answer.status == 500:
                 # vLLM loses the picture of a request whose client went away, and fails the next request that shows it
                 # so that it is sent again (in its log: "P0/P1 cache drift").

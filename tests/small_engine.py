@@ -31,7 +31,11 @@ class SmallEngine:
         self.seen: list[dict[str, Any]] = []
         self.text = "Yes."
         self.finish_reason = "stop"
+        self.drops = 0  # connections that end before an answer, from the next question on
         self._state = state or EngineState(Phase.READY, "ready")
+
+    def is_ready(self) -> bool:
+        return self._state.phase is Phase.READY
 
     def state(self) -> EngineState:
         return self._state
@@ -87,6 +91,10 @@ def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             engine.seen.append(body)
+            if engine.drops:
+                engine.drops -= 1
+                self.close_connection = True
+                return
             engine.go_on.wait(60)
             if (fault := picture_fault(body)) is not None:
                 content = json.dumps({"error": {"message": fault, "type": "BadRequestError", "code": 400}})

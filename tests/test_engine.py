@@ -347,9 +347,14 @@ def test_the_engine_itself_fetches_no_picture(engine: LocalEngine) -> None:
 
 
 def test_the_states_of_an_engine_elsewhere(engine: LocalEngine) -> None:
-    assert RemoteEngine(engine.base_url, engine.api_key).state().phase is Phase.READY
-    nobody = RemoteEngine(f"http://127.0.0.1:{free_port()}").state()
-    assert nobody.phase is Phase.LOADING
+    there = RemoteEngine(engine.base_url, engine.api_key)
+    assert engine.is_ready() and not there.is_ready(), "nobody has looked at it yet"
+    assert there.state().phase is Phase.READY and there.is_ready()
+    there.base_url += "/elsewhere"
+    assert not there.is_ready()
+    nowhere = RemoteEngine(f"http://127.0.0.1:{free_port()}")
+    nobody = nowhere.state()
+    assert nobody.phase is Phase.LOADING and not nowhere.is_ready()
     assert "waiting for the engine" in nobody.reason
 
 

@@ -192,6 +192,22 @@ def two_hundred_half_heads(address: str) -> Iterator[list[socket.socket]]:
         yield halves
 
 
+def test_a_connection_that_the_engine_drops_is_no_answer(facts: ModelFacts) -> None:
+    """It closes those that nobody used for a while, and one may be taken just then; twice in a row is a fault."""
+    with small_engine() as engine, served(create_gateway(engine, "joey", facts)) as address:
+        assert ask(address).status_code == 200
+        for stream in (False, True):
+            engine.drops, engine.seen = 1, []
+            answer = ask(address, stream=stream)
+            assert answer.status_code == 200 and "Yes." in answer.text
+            assert len(engine.seen) == 2 and engine.seen[0] == engine.seen[1]
+        engine.drops, engine.seen = 2, []
+        answer = ask(address)
+        assert answer.status_code == 503 and answer.headers["Retry-After"]
+        assert len(engine.seen) == 2
+        assert ask(address).status_code == 200
+
+
 def connection_to(address: str) -> socket.socket:
     host, port = address.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), 30)

@@ -30,7 +30,8 @@ from training.data.lesson_judge import LessonJudge, judge_for
 from training.data.picture_references import PictureFinder
 from training.data.recognise import recognise
 from training.data.samples import SceneLessons
-from training.data.scene_facts import SMALL_WORDS
+from training.data.scene_captions import joined
+from training.data.scene_facts import CORNERS, SMALL_WORDS
 from training.data.scenes import make_scene
 from training.instruct_start import build_instruct_objective
 from training.lessons import pack
@@ -197,12 +198,12 @@ def test_a_tiled_model_is_taught(mode: str, rows: Path, tiled: Path, tmp_path: P
 
 def stage_of(**said: object) -> InstructStage:
     """The recipe's stage, said otherwise."""
-    stage = read_recipe("joey-tiles").stages[0]
+    stage = read_recipe("joey-tiles").stages[-1]
     return InstructStage.model_validate(stage.model_dump(exclude_unset=True) | said)
 
 
 def test_a_recipe_says_what_does_not_fit(tiled: Path, plain: Path) -> None:
-    with pytest.raises(ValidationError, match="tiles make a new base"):
+    with pytest.raises(ValidationError, match="tiles or another tower make a new base"):
         stage_of(lora=LoraSettings().model_dump())
     with pytest.raises(ValidationError, match="side is said of scenes only, not of a shard"):
         PictureSource(shard="flickr8k-train", side=320, weight=1.0)
@@ -218,8 +219,10 @@ def test_both_ways_see_the_same_pictures() -> None:
     """The arm without tiles is the same recipe; its pictures are the same ones, made small."""
     recipe = read_recipe("joey-tiles")
     control = without_tiles(recipe)
-    one, other = (each.stages[0].model_dump() for each in (recipe, control))
-    assert {key for key in one if one[key] != other[key]} == {"tiles"} and other["tiles"] == ()
+    assert control.stages[:-1] == recipe.stages[:-1] and len(recipe.stages) == 3
+    one, other = (each.stages[-1].model_dump() for each in (recipe, control))
+    assert {key for key in one if one[key] != other[key]} == {"tiles", "name"} and other["tiles"] == ()
+    assert (recipe.publish, control.publish) == (one["name"], other["name"])
     whole = SceneLessons(9, None, 5, ("small word",), 320).sample(2, np.random.default_rng(0))
     small = SceneLessons(9, 160, 5, ("small word",), 320).sample(2, np.random.default_rng(0))
     assert whole.views[0].shape == (3, 320, 320) and small.views[0].shape == (3, 160, 160)
@@ -238,13 +241,43 @@ def test_a_small_word_is_small_and_true() -> None:
         pixels = np.asarray(scene.image, dtype=float)
         distance = np.abs(pixels - np.median(pixels[[0, -1]].reshape(-1, 3), axis=0)).sum(axis=2)
         down, across = np.nonzero(distance > 0.5 * distance.max())
-        assert 5 <= down.max() - down.min() <= 14 and 12 <= across.max() - across.min() <= 34, seed
+        assert 12 <= down.max() - down.min() <= 24 and 24 <= across.max() - across.min() <= 56, seed
         assert min(down.min(), across.min()) > 4 and max(down.max(), across.max()) < 315
         assert scene.kind == "small word" and scene.questions[0].kind == "word"
         assert any(scene.questions[0].answer in caption for caption in scene.captions)
         words.add(scene.questions[0].answer)
     assert words == set(SMALL_WORDS)
     assert not any(make_scene(seed, 64).kind == "small word" for seed in range(300))
+
+
+def test_a_page_has_a_word_in_each_corner() -> None:
+    """Asked for by its place, within its quarter, and as high in 160 pixels as a small word in 320."""
+    words, whole = set(), 0
+    for seed in range(40):
+        scene = make_scene(seed, 160, "page")
+        asked = {question.question[:-1].rsplit(" at the ")[1]: question.answer for question in scene.questions
+                 if question.kind == "word"}  # fmt: skip
+        assert scene.questions[0].kind == "word" and asked.keys() <= set(CORNERS)
+        if len(asked) == len(CORNERS):
+            assert f"the words {joined([asked[corner] for corner in CORNERS])}" in " ".join(scene.captions)
+            whole += 1
+        for corner in CORNERS:
+            down, across = ink_in(np.asarray(scene.image, dtype=float), corner)
+            assert 12 <= down.max() - down.min() <= 24 and 24 <= across.max() - across.min() <= 56, (seed, corner)
+        words |= set(asked.values())
+    assert words == set(SMALL_WORDS) and whole > 30
+    assert not any(make_scene(seed, 64).kind == "page" for seed in range(300))
+
+
+def ink_in(pixels: np.ndarray, corner: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of a quarter of the picture in which something is written."""
+    half = len(pixels) // 2
+    rows = slice(half, None) if "bottom" in corner else slice(half)
+    columns = slice(half, None) if "right" in corner else slice(half)
+    quarter = pixels[rows, columns]
+    distance = np.abs(quarter - np.median(quarter.reshape(-1, 3), axis=0)).sum(axis=2)
+    down, across = np.nonzero(distance > 0.5 * distance.max())
+    return down, across
 
 
 def test_a_small_shape_is_small_and_is_what_is_told() -> None:

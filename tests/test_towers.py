@@ -135,6 +135,23 @@ def test_it_gives_what_transformers_gives(kind: Kind, height: int, width: int) -
     assert ours.pooled.shape == (2, tower.width)
 
 
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@torch.no_grad()
+def test_features_are_those_that_a_language_model_looks_at(kind: Kind) -> None:
+    """transformers' hidden states of the layer before the last one, the leading tokens left out."""
+    tower = tiny_tower(kind)
+    leading = {"clip": 1, "siglip": 0, "siglip without head": 0, "dinov2": 1, "vit": 1}.get(kind, 1 + REGISTERS)
+    theirs = tower.model(pixels(), output_hidden_states=True).hidden_states[-2][:, leading:]
+    ours = tower.features(pixels())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert ours.shape == (2, PATCHES, WIDTH) and len(tower.layers_looked_at) == LAYERS - 1
+
+
+def test_a_resnet_has_no_such_features() -> None:
+    with pytest.raises(ValueError, match="no patch tokens"):
+        tiny_tower("resnet").features(pixels())
+
+
 @pytest.mark.parametrize("kind", ALL)
 @torch.no_grad()
 def test_a_size_that_the_patches_do_not_divide(kind: Kind) -> None:

@@ -13,8 +13,9 @@ from tests.tiny import make_tiny_tokenizer
 from training.data.pictures import Picture, Region
 from training.data.scenes import make_scene
 from training.data.sources import ScenePictures
+from training.naming import naming_loss, patches_in, share_named
 from training.objective import Start, total_loss
-from training.objectives.words import Settings, WordsObjective, build, naming_loss, patches_in, share_named
+from training.objectives.words import Settings, WordsObjective, build
 from training.trainer import freeze_all_but
 
 SIDE = 64

@@ -115,7 +115,7 @@ class TowerStage(Strict):
     )
     text: TextShape | None = Field(None, description="its text half, for an objective that compares with texts")
     tokenizer: str | None = Field(
-        None, description="the stage, or a folder, whose tokenizer a new text half reads with"
+        None, description="the stage, or a folder, whose tokenizer a new text half (or `regions`) reads with"
     )
     start_from: str | None = Field(None, description="a stage, folder or hub name whose weights go on")
     side: int = Field(ge=32, description="pixels of a view; smaller than image_side trains faster at first")
@@ -189,7 +189,10 @@ class InstructStage(Strict):
 
     kind: Literal["instruct"]
     name: str
-    tower: str | None = Field(None, description="stage, folder or hub name of the tower to join; unset with start_from")
+    tower: str | None = Field(
+        None,
+        description="stage, folder or hub name of the tower to join; beside start_from, instead of its own",
+    )
     language_model: str | None = Field(None, description="stage, folder or hub name of the language model to join")
     projector: Projector = Field("mlp", description="what stands between the two that are joined")
     start_from: str | None = Field(None, description="stage, folder or hub name of a LLaVA that goes on")
@@ -231,12 +234,14 @@ class InstructStage(Strict):
     @model_validator(mode="after")
     def _one_start(self) -> "InstructStage":
         joins = self.tower is not None and self.language_model is not None
-        if joins == (self.start_from is not None):
-            raise ValueError("name either start_from, or both tower and language_model")
+        if joins == (self.start_from is not None) or (self.language_model is not None and not joins):
+            raise ValueError("name either start_from, perhaps with another tower for it, or tower and language_model")
         if self.lora is not None and (self.start_from is None or "language" not in self.trains):
             raise ValueError("lora stands on the language model of a LLaVA: say start_from, and train `language`")
-        if self.lora is not None and self.tiles:
-            raise ValueError("tiles make a new base, and lora stands on a finished one: cut into tiles a stage earlier")
+        if self.lora is not None and (self.tiles or self.tower):
+            raise ValueError(
+                "tiles or another tower make a new base, and lora stands on a finished one: do that a stage earlier"
+            )
         if self.four_bits and self.lora is None:
             raise ValueError("four_bits: weights of 4 bits cannot train themselves; say what trains instead in lora")
         if self.packing and self.attention is not None:

@@ -7,7 +7,7 @@ import torch
 
 from assistant.checkpoint import load_llava
 from assistant.exporting import require_unquantised
-from assistant.fusion import join, squeeze_pictures, with_tiles
+from assistant.fusion import join, replace_tower, squeeze_pictures, with_tiles
 from assistant.language_models import load_language_model
 from assistant.models import ModelError, find_model
 from assistant.projectors import Llava
@@ -86,6 +86,8 @@ def _loaded(stage: InstructStage, named: Callable[[str], str | Path]) -> tuple[L
     else:
         model, processor = load_llava(folder)
     squeeze_pictures(model, processor)
+    if stage.tower is not None:
+        replace_tower(model, load_tower(named(stage.tower)).model)
     if not stage.tiles or (is_tiled(processor) and tuple(grids_of(processor)) == stage.tiles):
         return model, processor
     return with_tiles(model, processor, stage.tiles)

@@ -159,7 +159,7 @@ def _loaded_start(stage: TowerStage, workshop: Workshop) -> Start:
     finished = workshop.runs / source / "output"
     folder = find_tower(finished if finished.is_dir() else source)
     if read_json(folder / "config.json").get("model_type") not in (CLIPConfig.model_type, SiglipConfig.model_type):
-        return Start(stage.side, load_tower(folder))
+        return Start(stage.side, load_tower(folder), tokenizer=workshop.tokenizer(stage.tokenizer))
     embedder = load_embedder(folder)
     return Start(stage.side, embedder.tower, embedder.model, embedder.tower.image_processor, embedder.tokenizer)
 

@@ -177,7 +177,7 @@ def chosen(request: JobRequest, rows: int) -> Hyperparameters:
     )
 
 
-def job_service(request: Request) -> JobService:
+async def job_service(request: Request) -> JobService:
     """The service of the app that `request` came to. Raises ApiError where this server keeps no files."""
     service = request.app.state.job_service
     if service is None:
@@ -187,6 +187,6 @@ def job_service(request: Request) -> JobService:
     return service
 
 
-def owner_of(request: Request) -> str | None:
+async def owner_of(request: Request) -> str | None:
     """Whose files and jobs a request is about: the name of its key."""
     return note_of(request).owner()

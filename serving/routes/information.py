@@ -17,7 +17,7 @@ router = APIRouter()
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def doors_of(request: Request) -> Doors:
+async def doors_of(request: Request) -> Doors:
     doors = request.app.state.doors
     assert isinstance(doors, Doors)
     return doors

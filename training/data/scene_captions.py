@@ -13,6 +13,8 @@ def describe(facts: Facts, random: Random) -> tuple[str, str]:
         subject, tint = f"the word {facts.text}", f"in {facts.text_colour} letters"
     elif facts.kind == "digits":
         subject, tint = f"the number {facts.text}", f"in {facts.text_colour}"
+    elif facts.kind == "page":
+        subject, tint = f"the words {joined([written.word for written in facts.page])}", "in small letters"
     else:
         wordings = _chart(facts, random) if facts.kind == "chart" else _objects(facts, random)
         first, second = random.sample(wordings, 2)

@@ -6,26 +6,32 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-from training.data.scene_facts import BACKGROUNDS, COLOURS, Facts, Item
+from training.data.scene_facts import BACKGROUNDS, COLOURS, Facts, Item, Written
 
 OVERSAMPLING = 2  # drawn this much larger and averaged down, because ImageDraw itself does not antialias
 Colour = tuple[int, int, int]
-Points = tuple[tuple[float, float], ...]
+Point = tuple[float, float]
+Points = tuple[Point, ...]
+Box = tuple[float, float, float, float]
 
 
-def draw(facts: Facts, side: int, random: Random) -> Image.Image:
-    """Draws an RGB picture of `side` x `side` pixels. Jitter of the colours comes from `random`."""
+def draw(facts: Facts, side: int, random: Random) -> tuple[Image.Image, tuple[Box, ...]]:
+    """Draws an RGB picture of `side` x `side` pixels. Jitter of the colours comes from `random`.
+
+    Beside it stand the boxes of the words of a page: left, top, right and bottom, as shares of the side.
+    """
     large_side = side * OVERSAMPLING
     image = _background(jitter(BACKGROUNDS[facts.background], 4, random), large_side, random)
     canvas = ImageDraw.Draw(image)
     if facts.text:
         shown = facts.text.upper() if facts.capitals else facts.text
         _draw_text(canvas, shown, jitter(COLOURS[facts.text_colour], 8, random), large_side, random, facts.text_height)
-    elif facts.bars:
+    boxes = [_draw_in_corner(canvas, written, large_side, random, facts.text_height) for written in facts.page]
+    if facts.bars:
         _draw_chart(canvas, facts, large_side, random)
     for item in facts.items:
         _draw_item(canvas, item, jitter(COLOURS[item.colour], 10, random), large_side)
-    return image.reduce(OVERSAMPLING)
+    return image.reduce(OVERSAMPLING), tuple(boxes)
 
 
 def jitter(colour: Colour, most: int, random: Random) -> Colour:
@@ -116,14 +122,30 @@ def _draw_text(
 ) -> None:
     """Writes `text`, as large as fits into a random share of the width where `height` is 0, somewhere inside."""
     width_share, x_share, y_share = random.uniform(0.72, 0.9), random.random(), random.random()
-    left, top, right, bottom = _font(100).getbbox(text)
+    left, _, right, _ = _font(100).getbbox(text)
     size = int(height * side or min(100 * width_share * side / (right - left), 0.5 * side))
-    font = _font(size)
-    left, top, right, bottom = font.getbbox(text, stroke_width=size // 40)
-    margin = 0.04 * side
-    x = margin + x_share * (side - 2 * margin - (right - left)) - left
-    y = margin + y_share * (side - 2 * margin - (bottom - top)) - top
-    canvas.text((x, y), text, fill=colour, font=font, stroke_width=size // 40, stroke_fill=colour)
+    _write(canvas, text, colour, size, (0, 0, side, side), (x_share, y_share))
+
+
+def _draw_in_corner(canvas: ImageDraw.ImageDraw, written: Written, side: int, random: Random, height: float) -> Box:
+    """Writes a word somewhere in its quarter of the picture; its box, as shares of the side."""
+    colour, half = jitter(COLOURS[written.colour], 8, random), side / 2
+    left = half if "right" in written.place else 0
+    top = half if "bottom" in written.place else 0
+    shares = random.random(), random.random()
+    box = _write(canvas, written.word, colour, int(height * side), (left, top, left + half, top + half), shares)
+    return box[0] / side, box[1] / side, box[2] / side, box[3] / side
+
+
+def _write(canvas: ImageDraw.ImageDraw, text: str, colour: Colour, size: int, room: Box, shares: Point) -> Box:
+    """Writes `text` in `room` (left, top, right, bottom), off its left and top by `shares` of what is left; its box."""
+    font, margin, bold = _font(size), 0.04 * (room[2] - room[0]), size // 40
+    left, top, right, bottom = font.getbbox(text, stroke_width=bold)
+    wide, high = right - left, bottom - top
+    x = room[0] + margin + shares[0] * (room[2] - room[0] - 2 * margin - wide)
+    y = room[1] + margin + shares[1] * (room[3] - room[1] - 2 * margin - high)
+    canvas.text((x - left, y - top), text, fill=colour, font=font, stroke_width=bold, stroke_fill=colour)
+    return x, y, x + wide, y + high
 
 
 def _draw_chart(canvas: ImageDraw.ImageDraw, facts: Facts, side: int, random: Random) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-SceneKind = Literal["shapes", "count", "position", "size", "word", "digits", "chart", "small word", "small shape"]
+SceneKind = Literal[
+    "shapes", "count", "position", "size", "word", "digits", "chart", "small word", "small shape", "page"
+]
 # Reading is the slowest to learn at 160 pixels and helps least with photographs, so it gets the smaller shares.
-# Small words and shapes are drawn where they are asked for and nowhere else: 160 pixels hardly show them.
+# Small words and shapes are drawn where they are asked for and nowhere else: 160 pixels hardly show them. So are pages.
 KIND_WEIGHTS: dict[SceneKind, int] = {
     "shapes": 20,
     "count": 22,
@@ -71,7 +73,8 @@ WORDS = """
 """.split()  # noqa: SIM905, a list literal of these takes 64 lines
 
 SMALL_WORDS = ("fish", "bird", "bear", "lion", "wolf", "goat")  # of one length: how long it is tells no word
-SMALL_TEXT = 0.04  # letters of 13 pixels in 320, and of 6 in 160
+SMALL_TEXT = 0.07  # letters of 22 pixels in 320, and of 11 in 160
+PAGE_TEXT = 2 * SMALL_TEXT  # what a tile, a quarter of the picture, shows of a small word
 SMALL_SHAPE = (0.085, 0.1)  # of 27 to 32 pixels in 320, as the smallest of other scenes in 160
 
 Place = Literal["", "left", "right", "top", "bottom", "middle", "top left", "top right", "bottom left", "bottom right"]
@@ -86,6 +89,7 @@ CENTRES: dict[Place, tuple[float, float]] = {
     "bottom left": (0.2, 0.8),
     "bottom right": (0.8, 0.8),
 }
+CORNERS: tuple[Place, ...] = ("top left", "top right", "bottom left", "bottom right")
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,21 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Written:
+    """One of several words, somewhere in the corner that `place` names."""
+
+    word: str
+    colour: str
+    place: Place
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything that a scene's picture, captions and questions are made from.
 
     `text` is a word or a number, drawn in `text_colour`, in capitals if `capitals`, and as high as `text_height` says
-    or, where it is 0, as large as fits. `bars` are (colour, height), from left to right.
+    or, where it is 0, as large as fits. `page` are several words, all as high as `text_height` says. `bars` are
+    (colour, height), from left to right.
     """
 
     kind: SceneKind
@@ -121,6 +135,7 @@ class Facts:
     text_colour: str = ""
     capitals: bool = False
     text_height: float = 0.0
+    page: tuple[Written, ...] = ()
     bars: tuple[tuple[str, int], ...] = ()
 
 
@@ -133,6 +148,9 @@ def decide(kind: SceneKind, random: Random) -> Facts:
     if kind == "small word":
         word, colour = random.choice(SMALL_WORDS), random.choice(colours)
         return Facts(kind, background, (), word, colour, text_height=SMALL_TEXT)
+    if kind == "page":
+        page = (Written(random.choice(SMALL_WORDS), random.choice(colours), corner) for corner in CORNERS)
+        return Facts(kind, background, page=tuple(page), text_height=PAGE_TEXT)
     if kind == "small shape":
         small = Item(random.choice(SHAPES), random.choice(colours), diameter=random.uniform(*SMALL_SHAPE))
         return Facts(kind, background, tuple(_scatter([small], random)))

@@ -18,6 +18,7 @@ def ask(facts: Facts, random: Random) -> tuple[Question, ...]:
         "size": ask_size,
         "word": _ask_word,
         "small word": _ask_word,
+        "page": _ask_page,
         "digits": _ask_digits,
         "chart": _ask_chart,
     }
@@ -45,6 +46,16 @@ def _ask_word(facts: Facts, random: Random) -> list[Question]:
         ),
         *_text_colour(facts, random, "letters"),
     ]
+
+
+def _ask_page(facts: Facts, random: Random) -> list[Question]:
+    """For each word by its place; none of them tells another one."""
+    wordings = ("What word is at the {}?", "Which word is written at the {}?", "Read the word at the {}.")
+    questions = []
+    for written in random.sample(facts.page, len(facts.page)):
+        wording = random.choice(wordings)
+        questions.append(Question("word", wording.format(written.place), written.word))
+    return questions
 
 
 def _text_colour(facts: Facts, random: Random, noun: str) -> list[Question]:

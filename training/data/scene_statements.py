@@ -11,6 +11,8 @@ def state(facts: Facts) -> tuple[tuple[str, ...], ...]:
     """
     if facts.kind in ("word", "small word"):
         return ((f"the word {facts.text}",), (f"{facts.text_colour} letters",), ("a word",))
+    if facts.kind == "page":
+        return (tuple(sorted({f"the word {written.word}" for written in facts.page})), ("a page of words",))
     if facts.kind == "digits":
         return ((f"the number {facts.text}",), (f"{facts.text_colour} digits",), ("a number",))
     if facts.kind == "chart":

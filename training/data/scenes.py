@@ -41,7 +41,7 @@ class Scene:
     """One picture (RGB, side x side) with two captions and four to eight questions about it.
 
     `statements` are short texts of one fact each, a tuple for each sort of fact; see `scene_statements`. `regions` are
-    the boxes of its objects with words for each: shape, colour, place, numbers.
+    the boxes of its objects with words for each: shape, colour, place, numbers; on a page, of each word, which says it.
     """
 
     seed: int
@@ -76,8 +76,9 @@ def make_scene(seed: int, side: int = 160, kind: SceneKind | None = None) -> Sce
     drawn_kind = random.choices(SCENE_KINDS, [KIND_WEIGHTS[name] for name in SCENE_KINDS])[0]
     facts = decide(kind or drawn_kind, random)
     captions, questions = describe(facts, random), ask(facts, random)
-    image = draw(facts, side, random)
+    image, boxes = draw(facts, side, random)
     regions = tuple(_region_of(item, facts.items) for item in facts.items)
+    regions += tuple(Region(box, (written.word,)) for box, written in zip(boxes, facts.page, strict=True))
     return Scene(seed, facts.kind, image, captions, questions, state(facts), regions)
 
 

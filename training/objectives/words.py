@@ -6,7 +6,6 @@ few texts of its batch, and a region says where a thing stands.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,13 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, SiglipMode
 
 from assistant.fusion import FEATURE_LAYER
 from training.data.pictures import Picture, Region
-from training.gather import ranks, sum_over_ranks
+from training.gather import sum_over_ranks
+from training.naming import named_patches, naming_loss, regions_of, share_named, word_ids
 from training.objective import Start, Watched
 from training.objectives import siglip
 from training.picture_text import CaptionedView
 
 MOST_WORDS = 128  # different tokens of what is said of a picture; the rest are left out
-MOST_REGIONS = 8
-MOST_REGION_WORDS = 8
 
 
 class Settings(siglip.Settings):
@@ -77,28 +75,13 @@ class WordsObjective(siglip.SiglipObjective):
         return NamedView(captioned, (*picture.texts, *picture.also_true), picture.regions)
 
     def collate(self, samples: Sequence[Any]) -> Mapping[str, Tensor]:
-        """SigLIP's batch and `said` (B, W), ids of words; `region_of` (B, N), which region a patch is in; `region_said`
-        (B, R, V), ids of the regions' words. Where there is none stands -1."""
-        grid = self.tower.grid(self.side, self.side)
-        region_of = torch.full((len(samples), grid[0] * grid[1]), -1)
-        region_said = torch.full((len(samples), MOST_REGIONS, MOST_REGION_WORDS), -1)
-        for row, sample in enumerate(samples):
-            for number, region in enumerate(sample.regions[:MOST_REGIONS]):
-                region_of[row, patches_in(region, grid)] = number
-                region_said[row, number] = self._ids(region.words, MOST_REGION_WORDS)
-        said = torch.stack([self._ids(sample.said, MOST_WORDS) for sample in samples])
+        """SigLIP's batch, that of `regions_of`, and `said` (B, W), ids of words, and -1 where there are no more."""
+        regions = regions_of(
+            [sample.regions for sample in samples], self.tower.grid(self.side, self.side), self.tokenizer
+        )
+        said = torch.stack([word_ids(self.tokenizer, sample.said, MOST_WORDS) for sample in samples])
         captioned = super().collate([sample.captioned for sample in samples])
-        return {**captioned, "said": said, "region_of": region_of, "region_said": region_said}
-
-    def _ids(self, texts: Sequence[str], most: int) -> Tensor:
-        """(most,) different ids of the words of `texts`, in their order, then -1."""
-        if not texts:
-            return torch.full((most,), -1)
-        # A space before, because that is how a word stands within texts; without it most words fall into pieces.
-        spaced = [f" {text}" for text in texts]
-        read = self.tokenizer(spaced, add_special_tokens=False, truncation=True, max_length=most)["input_ids"]
-        different = list(dict.fromkeys(chain.from_iterable(read)))[:most]
-        return torch.tensor(different + [-1] * (most - len(different)))
+        return {**captioned, "said": said, **regions}
 
     def represent(self, **batch: Any) -> dict[str, Tensor]:
         """SigLIP's representations, the patches' features (b, N, D) and their mean (b, D)."""
@@ -117,10 +100,9 @@ class WordsObjective(siglip.SiglipObjective):
 
     def compare(self, representations: dict[str, Tensor]) -> dict[str, Tensor]:
         """SigLIP's loss, the words' and the regions', each times its weight, and facts for the log."""
-        said, region_of = representations["said"], representations["region_of"]
-        told, named = (said >= 0).any(-1), region_of >= 0
-        rows = torch.arange(len(said), device=said.device)[:, None].expand_as(region_of)
-        region_said = representations["region_said"][rows[named], region_of[named]]
+        said = representations["said"]
+        told = (said >= 0).any(-1)
+        named, region_said = named_patches(representations["region_of"], representations["region_said"])
         if self.training:
             self._count(said)
         weights = self._weights()
@@ -149,40 +131,6 @@ class WordsObjective(siglip.SiglipObjective):
         """Let the words of this step, on all ranks, weigh from the next one on."""
         self.counts += sum_over_ranks(self.pending)
         self.pending.zero_()
-
-
-def patches_in(region: Region, grid: tuple[int, int]) -> Tensor:
-    """(N,) bool: the patches whose centres lie in `region`, or the one nearest to its own centre where none does."""
-    rows, columns = grid
-    down, across = (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns
-    left, top, right, bottom = region.box
-    inside = ((down >= top) & (down <= bottom))[:, None] & ((across >= left) & (across <= right))[None]
-    if not inside.any():
-        away = (down - (top + bottom) / 2)[:, None] ** 2 + (across - (left + right) / 2)[None] ** 2
-        inside = away == away.min()
-    return inside.flatten()
-
-
-def share_named(logits: Tensor, said: Tensor) -> Tensor:
-    """Of n rows, the share whose most likely words (n, V) are, in any order, all that were said (n, W) and no other."""
-    number = (said >= 0).sum(-1)
-    likeliest = logits.topk(int(number.max()) if len(number) else 1).indices
-    right = (likeliest[:, :, None] == said[:, None]).any(-1)
-    asked = torch.arange(likeliest.shape[1], device=said.device) < number[:, None]
-    return (right | ~asked).all(-1).float().sum() / max(1, len(said))
-
-
-def naming_loss(logits: Tensor, said: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the rows of all ranks of the cross-entropy between a softmax over words and the words that were said.
-
-    logits (n, V); said (n, W) ids, -1 where none is; weights (V,) of the words, shared out within a row. A rank without
-    rows has loss 0. SuperClass (Huang et al. 2024), equations 1 to 4.
-    """
-    chosen = weights[said.clamp_min(0)] * (said >= 0)
-    chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(1e-12)
-    scores = logits.log_softmax(-1).gather(-1, said.clamp_min(0))
-    rows = sum_over_ranks(torch.tensor(float(len(said)), device=logits.device)) / ranks()
-    return -(chosen * scores).sum() / rows.clamp_min(1e-12)
 
 
 def build(settings: Settings, start: Start) -> WordsObjective:
