@@ -466,11 +466,11 @@ def test_every_answer_has_an_id_and_a_plain_one_is_kept(given: str, facts: Model
 def test_a_failure_of_ours_has_an_id_too(
     facts: ModelFacts, engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> EngineState:
+    def fails() -> bool:
         raise RuntimeError("/home/somebody/secret.py is at fault")
 
     with client_of(facts, engine, Doors()) as client:
-        monkeypatch.setattr(engine, "state", fails)
+        monkeypatch.setattr(engine, "is_ready", fails)
         answer = client.post(PATH, json=chat(), headers={"x-request-id": "mine"})
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "mine"

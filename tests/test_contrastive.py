@@ -442,12 +442,12 @@ def test_a_few_steps_learn_the_batch(name: str, tokenizer: PreTrainedTokenizerFa
     batch = objective.collate(samples_of(objective, 6))
     optimiser = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=5e-4)
     losses = []
-    for step in range(60):
+    for step in range(100):  # 60 suffice for all but SigLIP, whose positions start stronger
         values = objective(**batch)
         optimiser.zero_grad()
         total_loss(values).backward()
         optimiser.step()
-        objective.after_step(step, 60)
+        objective.after_step(step, 100)
         losses.append(float(total_loss(values).detach()))
     assert losses[-1] < 0.7 * losses[0]
     found = "view_finds_view" if name == "simclr" else "picture_finds_text"
