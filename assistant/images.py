@@ -1,6 +1,5 @@
 """Open any picture safely: limits before decoding, EXIF rotation, known formats only, data URLs."""
 
-import base64
 import binascii
 import io
 import struct
@@ -9,6 +8,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import pybase64
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -175,7 +175,7 @@ def decode_data_url(url: str, limits: PictureLimits = DEFAULT_LIMITS, name: str 
         raise PictureError(f"{name}: the data URL is empty.")
     _check_bytes(len(data) // 4 * 3 - 2, limits, name)
     try:
-        return base64.b64decode(data, validate=True)
+        return pybase64.b64decode(data, validate=True)  # fifty times as fast as Python's own
     except (binascii.Error, ValueError) as error:
         raise PictureError(f"{name}: the data URL is not valid base64.") from error
 
@@ -188,16 +188,16 @@ def encode_data_url(image: Image.Image, jpeg_quality: int | None = None) -> str:
     buffer = io.BytesIO()
     if jpeg_quality is not None:
         image.save(buffer, "JPEG", quality=jpeg_quality)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        return "data:image/jpeg;base64," + pybase64.b64encode_as_string(buffer.getvalue())
     image.save(buffer, "PNG", compress_level=NEIGHBOURLY)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return "data:image/png;base64," + pybase64.b64encode_as_string(buffer.getvalue())
 
 
 def encode_bitmap_url(image: Image.Image) -> str:
     """An RGB picture as a BMP data URL: every pixel as it is, three bytes each, written and read at no cost of time."""
     buffer = io.BytesIO()
     image.save(buffer, "BMP")
-    return "data:image/bmp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return "data:image/bmp;base64," + pybase64.b64encode_as_string(buffer.getvalue())
 
 
 def save_for_neighbour(image: Image.Image, file: Path) -> None:

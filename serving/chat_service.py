@@ -124,7 +124,7 @@ def _safe_content(
     for part in _joined_texts(message):
         if isinstance(part, PicturePart):
             url = part.image_url.url
-            content.append(picture_part(safe_picture(fetched.get(url, url), param, service.pictures, note).url))
+            content.append(picture_part(safe_picture(fetched.get(url, url), param, service.pictures, note)))
         else:
             content.append({"type": "text", "text": safe_text(part.text, param, service.plain_text)})
     return content
@@ -194,6 +194,6 @@ def _refused(error: PictureError, param: str) -> ApiError:
     return ApiError(error.status, f"{param}: {error}", param=param, code="invalid_image")
 
 
-def picture_part(url: str) -> dict[str, Any]:
-    """A picture in a message, as OpenAI writes it."""
-    return {"type": "image_url", "image_url": {"url": url}}
+def picture_part(picture: EnginePicture) -> dict[str, Any]:
+    """A picture in a message as OpenAI writes it, and the name under which vLLM is to know it again."""
+    return {"type": "image_url", "image_url": {"url": picture.url}, "uuid": picture.name}

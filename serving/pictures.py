@@ -1,7 +1,6 @@
 """Make pictures safe for the engine, each once however often it is sent, and fetch them from allowed hosts only."""
 
 import contextlib
-import hashlib
 import tempfile
 import threading
 from collections import OrderedDict
@@ -19,10 +18,11 @@ from assistant.images import (
     read_header,
 )
 from assistant.remote_pictures import RemotePictures, Resolve, addresses_of, is_public
-from serving.engine_pictures import EnginePicture, picture_for_engine, plain_jpeg
+from serving.engine_pictures import EnginePicture, name_of, picture_for_engine, plain_jpeg
 
 SECONDS_TO_FETCH = 8.0
 FETCHES_AT_ONCE = 8
+_Place = tuple[Path | None, str, type]  # the folder that an engine reads in, a picture's name, and what it was sent as
 
 
 class RemoteHosts:
@@ -105,7 +105,7 @@ class SafePictures:
         self._remote = remote
         self._folder = folder
         self._cache_bytes = cache_bytes
-        self._kept: OrderedDict[tuple[Path | None, bytes], EnginePicture] = OrderedDict()
+        self._kept: OrderedDict[_Place, EnginePicture] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
         self._room = Room(limits.max_pixels)
@@ -144,16 +144,16 @@ class SafePictures:
             PictureError: it cannot be used, as far as is known before the engine opens a plain JPEG.
         """
         content = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
-        digest = hashlib.blake2b(content, person=b"text" if isinstance(source, str) else b"file").digest()
-        name = (folder := self._folder(), digest)
+        # A text and a file of the same bytes are told apart, for a text is decoded.
+        place = (folder := self._folder(), name := name_of(content), type(source))
         with self._lock:
-            if (kept := self._kept.get(name)) is not None:
-                self._kept.move_to_end(name)
+            if (kept := self._kept.get(place)) is not None:
+                self._kept.move_to_end(place)
                 kept.hold()
                 return kept
         picture = decode_data_url(source, self.limits) if isinstance(source, str) else source
-        made = self._made_safe(picture, folder)
-        self._keep(name, made)
+        made = self._made_safe(name, picture, folder)
+        self._keep(place, made)
         return made
 
     def check(self, picture: EnginePicture) -> None:
@@ -163,18 +163,18 @@ class SafePictures:
             with self._room.for_pixels(read_header(content, self.limits).pixels):
                 open_picture(content, self.limits)
 
-    def _made_safe(self, content: bytes, folder: Path | None) -> EnginePicture:
+    def _made_safe(self, name: str, content: bytes, folder: Path | None) -> EnginePicture:
         header = read_header(content, self.limits)
         if header.is_plain_jpeg:
-            return plain_jpeg(content)
+            return plain_jpeg(name, content)
         with self._room.for_pixels(header.pixels):
-            return picture_for_engine(open_picture(content, self.limits), len(content), folder)
+            return picture_for_engine(name, open_picture(content, self.limits), len(content), folder)
 
-    def _keep(self, name: tuple[Path | None, bytes], picture: EnginePicture) -> None:
+    def _keep(self, place: _Place, picture: EnginePicture) -> None:
         with self._lock:
-            if name not in self._kept and picture.size <= self._cache_bytes:
+            if place not in self._kept and picture.size <= self._cache_bytes:
                 picture.hold()
-                self._kept[name] = picture
+                self._kept[place] = picture
                 self._kept_bytes += picture.size
             while self._kept_bytes > self._cache_bytes:
                 _, oldest = self._kept.popitem(last=False)

@@ -16,6 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from serving.engine import Engine
 from serving.errors import ApiError, error_object, error_response
 from serving.notes import Note, note_of
+from serving.seen_pictures import SeenPictures
 
 SECONDS_TO_CONNECT = 5.0
 SECONDS_FOR_NUMBERS = 5.0
@@ -53,6 +54,7 @@ class Upstream:
     def __init__(self, engine: Engine) -> None:
         """`engine` may change its address and its key when it starts anew."""
         self._engine = engine
+        self._seen = SeenPictures()
         self._opened: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -99,6 +101,28 @@ class Upstream:
         error = content["error"]
         again = int(answer.headers.get("retry-after", 0))
         raise ApiError(answer.status_code, error["message"], param=error["param"], retry_after=again)
+
+    async def _answer(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """The engine's answer; pictures that it has seen are sent only if it has forgotten them.
+
+        Raises aiohttp.ClientError and TimeoutError.
+        """
+        if (short := self._seen.shortened(body)) is not None:
+            answer = await self._ask_again(path, short)
+            if answer.status == 200:
+                self._seen.remember(body)
+                return answer
+            answer.close()
+            self._seen.forget(body)
+        answer = await self._ask_again(path, body)
+        if answer.status == 500:
+            # vLLM loses the picture of a request whose client went away, and fails the next request that shows it
+            # so that it is sent again (in its log: "P0/P1 cache drift").
+            answer.close()
+            answer = await self._ask("POST", path, body)
+        if answer.status == 200:
+            self._seen.remember(body)
+        return answer
 
     async def _ask_again(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """As `_ask`; a connection that ends before there is any answer is no answer, and the next one may be well.
@@ -150,12 +174,7 @@ class Upstream:
             # We count it, and take it out again.
             body = body | {"stream_options": {"include_usage": True}}
         try:
-            answer = await self._ask_again(path, body)
-            if answer.status == 500:
-                # vLLM loses the picture of a request whose client went away, and fails the next request that shows it
-                # so that it is sent again (in its log: "P0/P1 cache drift").
-                answer.close()
-                answer = await self._ask("POST", path, body)
+            answer = await self._answer(path, body)
             if not streamed or answer.status != 200:
                 async with answer:
                     return _relayed(answer.status, await answer.read(), body, note)

@@ -31,6 +31,7 @@ class SmallEngine:
         self.seen: list[dict[str, Any]] = []
         self.text = "Yes."
         self.finish_reason = "stop"
+        self.known: set[str] = set()  # names of pictures that it keeps
         self.drops = 0  # connections that end before an answer, from the next question on
         self._state = state or EngineState(Phase.READY, "ready")
 
@@ -65,16 +66,21 @@ def small_engine() -> Iterator[SmallEngine]:
         server.server_close()
 
 
-def picture_fault(body: dict[str, Any]) -> str | None:
-    """What vLLM says of the first picture in a chat that it cannot open."""
+def picture_fault(body: dict[str, Any], known: set[str]) -> str | None:
+    """What vLLM says of the first picture in a chat that it cannot open; of others it keeps the name in `known`."""
     for message in body["messages"]:
         for part in message["content"] if isinstance(message["content"], list) else []:
-            url = part.get("image_url", {}).get("url", "")
+            if part["type"] != "image_url":
+                continue
+            if part["image_url"] is None and part["uuid"] not in known:
+                return "Cache miss for image at index 0 but data is not provided."
+            url = (part["image_url"] or {"url": ""})["url"]
             if url.startswith("data:"):
                 try:
                     Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).load()
                 except OSError as error:
                     return f"Failed to load image: {error}"
+            known.add(part["uuid"])
     return None
 
 
@@ -96,7 +102,7 @@ def _handler(engine: SmallEngine) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             engine.go_on.wait(60)
-            if (fault := picture_fault(body)) is not None:
+            if (fault := picture_fault(body, engine.known)) is not None:
                 content = json.dumps({"error": {"message": fault, "type": "BadRequestError", "code": 400}})
                 self._answer(content.encode(), "application/json", 400)
                 return

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from assistant.checkpoint import load_llava
@@ -16,7 +15,7 @@ from training.config import RecipeError
 from training.evaluation.answers import normalised
 from training.preference_stages import ReinforceStage
 from training.reinforce import ReinforceTrainer, SceneQuestions, exact, reinforce_trainer, run_reinforce
-from training.reward_model import HEAD, HEAD_WEIGHT, RewardModel
+from training.reward_model import RewardHead, RewardModel
 from training.stages import Workshop
 from ui.command_line import app
 
@@ -137,8 +136,9 @@ def test_a_judge_may_pay_in_place_of_exact_answers(tiny_model: Path, tmp_path: P
     stage = stage_on(tiny_model, judge=str(tmp_path / "judge"))
     with pytest.raises(RecipeError, match=r"judge: .* is no reward model: it lacks reward_head.safetensors"):
         reinforce_trainer(stage, Workshop(tmp_path, None), tmp_path / "reinforce")
-    head = torch.randn(1, load_llava(tiny_model)[0].config.text_config.hidden_size)
-    save_file({HEAD_WEIGHT: head}, tmp_path / "judge" / HEAD)
+    head = RewardHead(load_llava(tiny_model)[0].config.text_config.hidden_size)
+    torch.nn.init.normal_(head.score.weight)
+    head.save(tmp_path / "judge")
     trainer, _ = reinforce_trainer(stage, Workshop(tmp_path, None), tmp_path / "reinforce")
     rows = next(iter(trainer.get_train_dataloader()))
     said = ["red", "blue", "", rows[3]["answer"], "a green ring", "two", "2", "left"]

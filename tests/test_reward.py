@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from assistant.adapter_files import load_adapted
 from assistant.models import ModelError
@@ -34,19 +35,23 @@ def stage_on(model: Path, steps: int = 2, **said: Any) -> RewardStage:
 
 
 def test_the_loss_is_the_formula(tiny_model: Path, tmp_path: Path) -> None:
-    """Ouyang et al. 2022, eq. 1, in plain loops: the head reads the last token of each answer's turn."""
+    """Ouyang et al. 2022, eq. 1, in plain loops: the head reads each answer's likelihood and the last of its tokens."""
     objective, pairs, held_out = reward_objective(stage_on(tiny_model), Workshop(tmp_path, None))
+    torch.nn.init.normal_(objective.head.score.weight)
     batch = dict(objective.eval().collate([pairs[0], pairs[1]]))
     with torch.no_grad():
         seen = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        hidden = objective.model(**seen, output_hidden_states=True).hidden_states[-1]
+        made = objective.model(**seen, output_hidden_states=True)
         values = objective(**batch)
     rewards = []
     for row in range(4):
-        last = max(place for place in range(hidden.shape[1]) if batch["completion_mask"][row, place])
-        assert batch["input_ids"][row, last] == objective.processor.tokenizer.eos_token_id
-        assert last == int(answer_ends(batch["completion_mask"])[row])
-        rewards.append(float(hidden[row, last] @ objective.head.weight[0]))
+        answer = [place for place in range(made.logits.shape[1]) if batch["completion_mask"][row, place]]
+        assert batch["input_ids"][row, answer[-1]] == objective.processor.tokenizer.eos_token_id
+        assert answer[-1] == int(answer_ends(batch["completion_mask"])[row])
+        chances = [made.logits[row, place - 1].softmax(-1)[batch["input_ids"][row, place]] for place in answer]
+        likely = sum(float(torch.log(chance)) for chance in chances) / len(answer)
+        read = float(made.hidden_states[-1][row, answer[-1]] @ objective.head.score.weight[0])
+        rewards.append(read + float(objective.head.likelihood) * likely)
     losses = [-torch.log(torch.sigmoid(torch.tensor(rewards[pair] - rewards[pair + 2]))) for pair in (0, 1)]
     assert float(values["ranking_loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-4)
     right = sum(rewards[pair] > rewards[pair + 2] for pair in (0, 1)) / 2
@@ -67,7 +72,8 @@ def test_exactly_adapter_and_head_train(tiny_model: Path, tmp_path: Path) -> Non
         optimizer.step()
     moved = {name for name, value in objective.named_parameters() if not torch.equal(value, before[name])}
     assert moved == objective.trained_parameters()
-    assert moved - {"head.weight"} and all("lora_" in name for name in moved - {"head.weight"})
+    head = {"head.score.weight", "head.likelihood"}
+    assert head < moved and all("lora_" in name for name in moved - head)
 
 
 def test_it_learns_to_rank_and_judges_alike_when_loaded(tiny_model: Path, tmp_path: Path) -> None:
@@ -96,6 +102,9 @@ def test_it_learns_to_rank_and_judges_alike_when_loaded(tiny_model: Path, tmp_pa
         picture = Image.fromarray(pair.views[0].permute(1, 2, 0).numpy())
         better, worse = judge.rewards(asked, answers, picture)
         assert better > worse
+    save_file({"score.weight": torch.zeros(1, 8), "likelihood": torch.zeros(1)}, output / HEAD)
+    with pytest.raises(ModelError, match=r"reward_head.safetensors does not fit this model"):
+        RewardModel.load(output)
     (output / HEAD).unlink()
     with pytest.raises(ModelError, match=r"no reward model: it lacks reward_head.safetensors"):
         RewardModel.load(output)

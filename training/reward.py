@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import set_seed
 
@@ -20,7 +19,7 @@ from training.lessons import Lesson
 from training.objectives.instruct import InstructObjective
 from training.preference_sets import pair_collator, preference_sets
 from training.preference_stages import RewardStage
-from training.reward_model import HEAD, HEAD_WEIGHT, answer_ends
+from training.reward_model import RewardHead
 from training.stages import Workshop, samples_of
 from training.trainer import train
 from training.trl_run import injected, started, token_counts_of
@@ -29,34 +28,23 @@ from training.trl_run import injected, started, token_counts_of
 class RewardObjective(InstructObjective):
     """Ranks the answers of pairs (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
 
-    trl's RewardTrainer reads texts alone, so that this one runs on our own trainer. The number is a linear function of
-    what the language model holds of the last token of the answer's turn.
+    trl's RewardTrainer reads texts alone, so that this one runs on our own trainer.
     """
 
     def __init__(self, model: Llava, processor: Processor, longest: int, adapter: Adapter) -> None:
         """`adapter` stands on `model` already; head and adapter train."""
         super().__init__(model, processor, ("language",), longest, adapter=adapter)
-        width = int(model.config.text_config.hidden_size)
-        self.head = nn.Linear(width, 1, bias=False)
-        nn.init.normal_(self.head.weight, std=width**-0.5)
+        self.head = RewardHead(int(model.config.text_config.hidden_size))
         self.pairs = pair_collator(processor, longest)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """The loss of B pairs, the share of them that is ranked right, and the mean distance of the two numbers."""
-        better, worse = self.rewards(batch).chunk(2)
+        better, worse = self.head(self.model, batch).chunk(2)
         return {
             "ranking_loss": -functional.logsigmoid(better - worse).mean(),
             "ranked_right": (better > worse).float().mean(),
             "margin": (better - worse).mean(),
         }
-
-    def rewards(self, batch: Mapping[str, Any]) -> Tensor:
-        """(2B,) float32: the number of each row of a batch."""
-        seen = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in batch}
-        hidden = self.model.model(**seen, use_cache=False).last_hidden_state
-        ends = answer_ends(batch["completion_mask"])
-        last = hidden[torch.arange(len(hidden), device=hidden.device), ends]
-        return self.head(last.to(self.head.weight.dtype)).squeeze(-1).float()
 
     def collate(self, samples: Sequence[Lesson]) -> Mapping[str, Any]:
         """One batch of B pairs, see `pair_collator`."""
@@ -64,7 +52,7 @@ class RewardObjective(InstructObjective):
 
     def trained_parameters(self) -> set[str]:
         """The adapter's and the head's."""
-        return super().trained_parameters() | {"head.weight"}
+        return super().trained_parameters() | {f"head.{name}" for name, _ in self.head.named_parameters()}
 
     def tokens_of(self, batch: Mapping[str, Any]) -> int:
         """Tokens of words and pictures, without padding."""
@@ -74,7 +62,7 @@ class RewardObjective(InstructObjective):
         """The LLaVA with its adapter merged, the adapter beside, and the head in a file of its own."""
         if self.adapter is not None:
             export_adapted(self.model, self.adapter, set(), folder)
-        save_file({HEAD_WEIGHT: self.head.weight.detach().float().cpu().contiguous()}, folder / HEAD)
+        self.head.save(folder)
 
 
 def run_reward(stage: RewardStage, workshop: Workshop) -> dict[str, float]:
@@ -105,7 +93,7 @@ def reward_objective(
 def ranked_right(objective: RewardObjective, pairs: Mixture[Lesson], batch_size: int) -> float:
     """The share of `pairs` whose better answer gets the higher number."""
     objective.eval()
-    device = objective.head.weight.device
+    device = objective.head.likelihood.device
     right = 0.0
     for start in range(0, len(pairs), batch_size):
         batch = objective.collate([pairs[place] for place in range(start, min(start + batch_size, len(pairs)))])

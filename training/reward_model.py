@@ -1,12 +1,12 @@
 """Judge answers about pictures with a trained reward model: a number for each, higher for the better one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from assistant.chat import assistant_message, user_message
 from assistant.checkpoint import load_llava
@@ -20,7 +20,7 @@ from training.lessons import Lesson
 from training.preference_sets import answer_rows
 
 HEAD = "reward_head.safetensors"  # beside the model's weights
-HEAD_WEIGHT = "score.weight"  # (1, width), as transformers calls the head of a sequence classifier
+START = 4.0  # times the mean log-probability of an answer's tokens: fits pairs about scenes best before any training
 LONGEST = 2048  # tokens of a question with its answer
 
 
@@ -30,20 +30,68 @@ def answer_ends(completion_mask: Tensor) -> Tensor:
     return (completion_mask * places).argmax(dim=1)
 
 
+class RewardHead(nn.Module):
+    """The number of an answer: how likely the language model finds it, and what the last token of its turn adds.
+
+    The likelihood tells a true answer from a false one before anything is learned; a linear function alone of what a
+    small model holds of the last token does not, and is slow to learn it. That function learns what likelihood lacks.
+    """
+
+    def __init__(self, width: int) -> None:
+        """`width` is the language model's."""
+        super().__init__()
+        self.score = nn.Linear(width, 1, bias=False)  # called as transformers calls the head of a sequence classifier
+        nn.init.zeros_(self.score.weight)
+        self.likelihood = nn.Parameter(torch.tensor([START]))
+
+    def forward(self, model: Llava, rows: Mapping[str, Tensor]) -> Tensor:
+        """(B,) float32: the numbers of B conversations, as `answer_rows` makes them."""
+        seen = {name: rows[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in rows}
+        hidden = model.model(**seen, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(hidden), device=hidden.device), answer_ends(rows["completion_mask"])]
+        likely = mean_log_probabilities(model, hidden, rows["input_ids"], rows["completion_mask"])
+        return self.score(last.to(self.score.weight.dtype)).squeeze(-1).float() + self.likelihood * likely
+
+    def save(self, folder: Path) -> None:
+        """Beside the weights of the model."""
+        save_file(
+            {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()},
+            folder / HEAD,
+        )
+
+    @classmethod
+    def load(cls, folder: Path, width: int) -> "RewardHead":
+        """Raises ModelError where the folder has none, or one of another model."""
+        if not (folder / HEAD).is_file():
+            raise ModelError(f"{folder} is no reward model: it lacks {HEAD}; kangaroo reward trains one")
+        head = cls(width)
+        try:
+            head.load_state_dict(load_file(folder / HEAD))
+        except RuntimeError as error:
+            raise ModelError(f"{folder / HEAD} does not fit this model; kangaroo reward trains one") from error
+        return head
+
+
+def mean_log_probabilities(model: Llava, hidden: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """(B,) float32: of the tokens of each row's answer, from what the model holds of all tokens (B, T, width)."""
+    rows, places = completion_mask[:, 1:].nonzero(as_tuple=True)
+    logits = model.lm_head(hidden[rows, places]).float()  # of answers alone: the rest would be the most of the memory
+    said = logits.log_softmax(-1).gather(-1, input_ids[rows, places + 1, None]).squeeze(-1)
+    total = torch.zeros(len(hidden), device=hidden.device).index_add(0, rows, said)
+    return total / completion_mask[:, 1:].sum(dim=1).clamp_min(1)
+
+
 class RewardModel:
     """A LLaVA with a head of one number."""
 
-    def __init__(self, model: Llava, processor: Processor, head: Tensor) -> None:
-        """`head` is (1, width)."""
+    def __init__(self, model: Llava, processor: Processor, head: RewardHead) -> None:
         self.model, self.processor, self.head = model.eval(), processor, head.to(model.device)
 
     @classmethod
     def load(cls, folder: Path) -> "RewardModel":
         """Raises ModelError where the folder is no model, or has no head."""
         model, processor = load_llava(find_model(folder))
-        if not (folder / HEAD).is_file():
-            raise ModelError(f"{folder} is no reward model: it lacks {HEAD}; kangaroo reward trains one")
-        head = load_file(folder / HEAD)[HEAD_WEIGHT]
+        head = RewardHead.load(folder, int(model.config.text_config.hidden_size))
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, head)
 
     def rewards(self, question: str, answers: Sequence[str], picture: Image.Image) -> list[float]:
@@ -54,8 +102,6 @@ class RewardModel:
             for answer in answers
         ]
         batch = answer_rows(lessons, self.processor, LONGEST)
-        seen = {name: value.to(self.model.device) for name, value in batch.items() if name != "completion_mask"}
+        rows = {name: value.to(self.model.device) for name, value in batch.items()}
         with torch.inference_mode():
-            hidden = self.model.model(**seen).last_hidden_state
-            last = hidden[torch.arange(len(hidden)), answer_ends(batch["completion_mask"]).to(hidden.device)]
-            return (last.float() @ self.head.T).squeeze(-1).tolist()
+            return self.head(self.model, rows).tolist()
