@@ -17,7 +17,7 @@ from assistant.hashing import weights_hash
 from serving.adapter_check import AdapterRefused, check_adapter
 from serving.adapter_loading import give, take_away
 from serving.adapter_record import Adapter, read_notes, remove_note, remove_unnoted, write_note
-from serving.engine import Engine, Phase, RemoteEngine
+from serving.engine import Engine, Phase, RemoteEngine, state_of
 from serving.errors import ApiError
 from serving.upstream import Upstream
 
@@ -140,7 +140,7 @@ class AdapterShelf:
                     log.error("%s", error)
         refused: set[tuple[Path, tuple[str, int]]] = set()  # which copy, and by which engine
         while True:
-            if await self._is_ready():
+            if (await state_of(self._engine)).phase is Phase.READY:
                 now = self._engine_now()
                 for adapter in [each for each in self._adapters.values() if (each.folder, now) not in refused]:
                     try:
@@ -173,7 +173,7 @@ class AdapterShelf:
                 adapter = Adapter(name, owner, int(time.time()), checked.modules, checked.rank, target)
                 of_base = await self._hash_of_base() if kept is not None else None
                 async with self._giving:
-                    if await self._is_ready():
+                    if (await state_of(self._engine)).phase is Phase.READY:
                         adapter = await self._given(adapter)
                     if of_base is not None:
                         write_note(adapter, of_base)
@@ -222,12 +222,6 @@ class AdapterShelf:
         if self._base_hash is None:
             self._base_hash = await anyio.to_thread.run_sync(weights_hash, self._base_folder)
         return self._base_hash
-
-    async def _is_ready(self) -> bool:
-        if self._engine.is_ready():
-            return True
-        state = await anyio.to_thread.run_sync(self._engine.state)
-        return state.phase is Phase.READY
 
     def _engine_now(self) -> tuple[str, int]:
         return self._engine.base_url, self._engine.restarts

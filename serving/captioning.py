@@ -74,7 +74,7 @@ async def _said_of(
 ) -> dict[str, Any]:
     """Text, finish reason and usage, as the fields of a `PictureText`."""
     source = (await fetched_pictures([picture], param, service.pictures)).get(picture, picture)
-    safe = await anyio.to_thread.run_sync(safe_picture, source, param, service.pictures, note, limiter=service.opening)
+    safe = await safe_picture(source, param, service, note)
     content = [picture_part(safe), {"type": "text", "text": question.text}]
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}]}
     body |= {"max_tokens": question.max_tokens, "temperature": question.temperature}

@@ -1,6 +1,6 @@
 """Check what only this server can know of a conversation, and make its texts and pictures safe for the engine."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from assistant.images import PictureError, PictureLimits
 from assistant.plain_text import PlainText, SpecialTextError
 from serving.adapters import AdapterShelf
-from serving.engine import Engine, Phase
+from serving.engine import Engine, Phase, state_of
 from serving.engine_pictures import EnginePicture
 from serving.errors import ApiError
 from serving.notes import Note, note_of
@@ -80,9 +80,7 @@ def check_pictures(messages: Sequence[Message], param: str, service: ChatService
 
 async def check_engine(engine: Engine) -> None:
     """Raises ApiError (503) with the reason while the engine cannot answer."""
-    if engine.is_ready():
-        return
-    state = await anyio.to_thread.run_sync(engine.state)
+    state = await state_of(engine)
     if state.phase is Phase.LOADING:
         message = f"The engine is not ready yet: {state.reason}."
         raise ApiError(503, message, code="engine_loading", retry_after=SECONDS_TO_TRY_AGAIN)
@@ -95,39 +93,29 @@ async def safe_messages(messages: Sequence[Message], service: ChatService, note:
 
     The pictures last until the request of `note` ends.
     """
+    is_short = sum(len(message.text()) for message in messages) <= TEXT_AT_ONCE
 
-    fetched = {
-        number: await fetched_pictures(_addresses(message), f"messages.{number}.content", service.pictures)
-        for number, message in enumerate(messages)
-    }
+    async def plain(text: str, param: str) -> str:
+        if is_short:
+            return safe_text(text, param, service.plain_text)
+        return await anyio.to_thread.run_sync(safe_text, text, param, service.plain_text, limiter=service.opening)
 
-    def made_safe() -> list[dict[str, Any]]:
-        contents = [
-            _safe_content(message, f"messages.{at}.content", fetched[at], service, note)
-            for at, message in enumerate(messages)
-        ]
-        return [{"role": each.role, "content": content} for each, content in zip(messages, contents, strict=True)]
+    async def safe_content(message: Message, param: str) -> list[dict[str, Any]]:
+        addresses = [part.image_url.url for part in message.parts() if isinstance(part, PicturePart)]
+        fetched = await fetched_pictures(addresses, param, service.pictures)
+        content: list[dict[str, Any]] = []
+        for part in _joined_texts(message):
+            if isinstance(part, PicturePart):
+                source = fetched.get(part.image_url.url, part.image_url.url)
+                content.append(picture_part(await safe_picture(source, param, service, note)))
+            else:
+                content.append({"type": "text", "text": await plain(part.text, param)})
+        return content
 
-    if not any(map(_addresses, messages)) and sum(len(message.text()) for message in messages) <= TEXT_AT_ONCE:
-        return made_safe()
-    return await anyio.to_thread.run_sync(made_safe, limiter=service.opening)
-
-
-def _addresses(message: Message) -> list[str]:
-    return [part.image_url.url for part in message.parts() if isinstance(part, PicturePart)]
-
-
-def _safe_content(
-    message: Message, param: str, fetched: Mapping[str, bytes], service: ChatService, note: Note
-) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = []
-    for part in _joined_texts(message):
-        if isinstance(part, PicturePart):
-            url = part.image_url.url
-            content.append(picture_part(safe_picture(fetched.get(url, url), param, service.pictures, note)))
-        else:
-            content.append({"type": "text", "text": safe_text(part.text, param, service.plain_text)})
-    return content
+    return [
+        {"role": message.role, "content": await safe_content(message, f"messages.{at}.content")}
+        for at, message in enumerate(messages)
+    ]
 
 
 def _joined_texts(message: Message) -> list[TextPart | PicturePart]:
@@ -160,13 +148,21 @@ async def fetched_pictures(addresses: Sequence[str], param: str, pictures: SafeP
         raise _refused(error, param) from error
 
 
-def safe_picture(source: str | bytes, param: str, pictures: SafePictures, note: Note) -> EnginePicture:
+async def safe_picture(source: str | bytes, param: str, service: ChatService, note: Note) -> EnginePicture:
     """The picture in `source`, a data URL or a file's bytes, for the engine, until the request of `note` ends.
 
     Raises ApiError for a picture that cannot be used, with the status that says why.
     """
+
+    def opened() -> EnginePicture:
+        picture = service.pictures.safe_picture(source)
+        # In the thread, for nobody gets what it returns when the client goes away meanwhile.
+        note.held.append((picture, param))
+        return picture
+
     try:
-        picture = pictures.safe_picture(source)
+        if (picture := service.pictures.at_hand(source)) is None:
+            return await anyio.to_thread.run_sync(opened, limiter=service.opening)
     except PictureError as error:
         raise _refused(error, param) from error
     note.held.append((picture, param))

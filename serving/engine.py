@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+import anyio
 import httpx
 
 from serving.engine_pictures import new_picture_folder
@@ -74,6 +75,13 @@ class Engine(Protocol):
     def state(self) -> EngineState: ...
 
     def log_tail(self) -> str: ...
+
+
+async def state_of(engine: Engine) -> EngineState:
+    """How the engine does, asked so that no other request waits meanwhile."""
+    if engine.is_ready():
+        return EngineState(Phase.READY, "ready")
+    return await anyio.to_thread.run_sync(engine.state)
 
 
 class RemoteEngine:

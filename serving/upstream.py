@@ -181,10 +181,14 @@ class Upstream:
         except (aiohttp.ClientError, TimeoutError):
             return error_response(503, STOPPED, headers=TRY_AGAIN)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        # The task runs after a disconnect too, wherever in the relay that falls.
-        closing = BackgroundTask(answer.close)
         relay = _relay(answer.content.iter_any(), note, wants_usage)
+        # The task runs after a disconnect too, wherever in the relay that falls.
+        closing = BackgroundTask(_close, answer)
         return StreamingResponse(relay, headers=headers, media_type="text/event-stream", background=closing)
+
+
+async def _close(answer: aiohttp.ClientResponse) -> None:
+    answer.close()  # within a coroutine, or Starlette would have a thread do it
 
 
 async def unless_gone(request: Request, work: Callable[[], Awaitable[Response]]) -> Response:

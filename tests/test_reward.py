@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from assistant.adapter_files import load_adapted
 from assistant.models import ModelError
@@ -18,6 +19,7 @@ from training.reward import RewardObjective, ranked_right, reward_objective, run
 from training.reward_model import HEAD, RewardModel, answer_ends
 from training.stages import Workshop
 from training.trainer import freeze_all_but
+from ui.command_line import app
 
 
 def stage_on(model: Path, steps: int = 2, **said: Any) -> RewardStage:
@@ -50,7 +52,7 @@ def test_the_loss_is_the_formula(tiny_model: Path, tmp_path: Path) -> None:
         assert answer[-1] == int(answer_ends(batch["completion_mask"])[row])
         chances = [made.logits[row, place - 1].softmax(-1)[batch["input_ids"][row, place]] for place in answer]
         likely = sum(float(torch.log(chance)) for chance in chances) / len(answer)
-        read = float(made.hidden_states[-1][row, answer[-1]] @ objective.head.score.weight[0])
+        read = float(made.hidden_states[-1][row, answer[-1]] @ objective.head.score.weight[0].detach())
         rewards.append(read + float(objective.head.likelihood) * likely)
     losses = [-torch.log(torch.sigmoid(torch.tensor(rewards[pair] - rewards[pair + 2]))) for pair in (0, 1)]
     assert float(values["ranking_loss"]) == pytest.approx(float(sum(losses)) / 2, rel=1e-4)
@@ -87,6 +89,8 @@ def test_it_learns_to_rank_and_judges_alike_when_loaded(tiny_model: Path, tmp_pa
     stage = stage_on(tiny_model, steps=12, mixture=[], pairs=pairs_of, held_out_pairs=pairs_of)
     scores = run_reward(stage, Workshop(tmp_path, None))
     assert scores["ranked_right"] == 1
+    untrained, _, held_out = reward_objective(stage, Workshop(tmp_path, None))
+    assert scores["ranked_right_before"] == ranked_right(untrained, held_out, 2)
     lines = [json.loads(line) for line in (tmp_path / "reward" / "log.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert trained[-1]["ranked_right"] == 1 and trained[-1]["margin"] > trained[0]["margin"] + 0.5
@@ -108,3 +112,12 @@ def test_it_learns_to_rank_and_judges_alike_when_loaded(tiny_model: Path, tmp_pa
     (output / HEAD).unlink()
     with pytest.raises(ModelError, match=r"no reward model: it lacks reward_head.safetensors"):
         RewardModel.load(output)
+
+
+def test_the_command_tells_how_well_the_judge_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    said = ["--steps", "1", "--batch", "2", "--no-rehearsal", "--out", str(tmp_path / "judge")]
+    trained = CliRunner().invoke(app, ["reward", str(tiny_model), *said])
+    assert trained.exit_code == 0, trained.output
+    scores = json.loads((tmp_path / "judge" / "reward" / "done.json").read_text())["scores"]
+    now, before = (f"{100 * scores[name]:.1f} %" for name in ("ranked_right", "ranked_right_before"))
+    assert f"It ranks {now} of the held-out pairs rightly; before it was trained {before}." in trained.output

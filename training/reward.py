@@ -66,15 +66,17 @@ class RewardObjective(InstructObjective):
 
 
 def run_reward(stage: RewardStage, workshop: Workshop) -> dict[str, float]:
-    """Train the judge of `stage` and export it; returns the held-out scores, with the share that is ranked right."""
+    """Train the judge of `stage` and export it; returns the held-out scores, and shares ranked right."""
     objective, train_set, held_out = reward_objective(stage, workshop)
     folder = workshop.runs / stage.name
+    before = ranked_right(objective, held_out, stage.schedule.batch_size)
     scores = train(objective, stage.schedule, train_set, held_out, folder)
     state = PartialState()
     if state.is_main_process:
         objective.export(folder / "output")
     state.wait_for_everyone()
-    return scores | {"ranked_right": ranked_right(objective, held_out, stage.schedule.batch_size)}
+    after = ranked_right(objective, held_out, stage.schedule.batch_size)
+    return scores | {"ranked_right": after, "ranked_right_before": before}
 
 
 def reward_objective(

@@ -2,13 +2,12 @@
 
 from typing import Annotated, Any
 
-import anyio
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import PlainTextResponse, Response
 
 from serving.chat_service import SECONDS_TO_TRY_AGAIN, ChatService, chat_service, check_engine
 from serving.doors import Doors
-from serving.engine import Phase
+from serving.engine import Phase, state_of
 from serving.errors import ApiError
 from serving.openapi import ERRORS
 from serving.upstream import EngineGone
@@ -26,7 +25,7 @@ async def doors_of(request: Request) -> Doors:
 @router.get("/health", responses=ERRORS)
 async def health(service: Annotated[ChatService, Depends(chat_service)]) -> dict[str, Any]:
     """The gateway is alive when this answers; `engine` says whether it can chat, and why not."""
-    state = await anyio.to_thread.run_sync(service.engine.state)
+    state = await state_of(service.engine)
     return {"status": "alive", "engine": {"state": state.phase, "reason": state.reason}}
 
 
@@ -46,7 +45,7 @@ async def metrics(
     service: Annotated[ChatService, Depends(chat_service)], doors: Annotated[Doors, Depends(doors_of)]
 ) -> Response:
     """The gateway's numbers, and vLLM's own under vLLM's names, as Prometheus reads them."""
-    state = await anyio.to_thread.run_sync(service.engine.state)
+    state = await state_of(service.engine)
     doors.metrics.engine_ready.set(state.phase is Phase.READY)
     doors.metrics.engine_restarts.set(service.engine.restarts)
     text = doors.metrics.text()

@@ -1,5 +1,6 @@
 """Commands behind tuning: prefer the better of two answers, judge answers, and learn from answers that are tried."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,6 +160,8 @@ def run_after_tuning(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) 
     from training.after_tuning_wish import AfterWish, after_tuning_recipe
     from training.config import RecipeError
     from training.data.pictures import DataError
+    from training.preference_stages import RewardStage
+    from training.recipe import DONE
     from training.strict import faults_in
     from training.teaching import rehearse, teach
     from training.teaching_plan import plan_table
@@ -178,6 +181,15 @@ def run_after_tuning(dry_run: bool, rehearsal: bool, report: bool, **wish: Any) 
                 rehearse(recipe, runs)
             model = teach(recipe, runs)
         print(f"The model is in {model}; its adapter alone, for peft and vLLM: {model / 'adapter'}")
+        if isinstance(recipe.stages[0], RewardStage):
+            print(ranks(runs / recipe.name / recipe.stages[0].name / DONE))
         if report:
             with stopping("stopped. The model is finished; the same command makes its report."):
                 report_after_tuning(recipe, runs, Console())
+
+
+def ranks(done: Path) -> str:
+    """How well a judge ranks held-out pairs, now and before it was trained, as the file of its finished stage says."""
+    scores = json.loads(done.read_text())["scores"]
+    now, before = (100 * scores[name] for name in ("ranked_right", "ranked_right_before"))
+    return f"It ranks {now:.1f} % of the held-out pairs rightly; before it was trained {before:.1f} %."
