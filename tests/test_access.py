@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import serving.day_counts
 import serving.keys
+import serving.routes.chat
 from assistant.models import find_model
 from serving.day_counts import DayCounts, file_of_counts
 from serving.doors import Doors
@@ -466,11 +467,11 @@ def test_every_answer_has_an_id_and_a_plain_one_is_kept(given: str, facts: Model
 def test_a_failure_of_ours_has_an_id_too(
     facts: ModelFacts, engine: SmallEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> bool:
+    def fails(*_: object) -> None:
         raise RuntimeError("/home/somebody/secret.py is at fault")
 
     with client_of(facts, engine, Doors()) as client:
-        monkeypatch.setattr(engine, "is_ready", fails)
+        monkeypatch.setattr(serving.routes.chat, "check_tokens", fails)
         answer = client.post(PATH, json=chat(), headers={"x-request-id": "mine"})
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "mine"

@@ -166,8 +166,10 @@ def test_a_picture_of_an_allowed_host_is_fetched_by_us_and_never_by_the_engine(
         engine.seen.clear()
         for path in ("/cat.png", "/moved"):
             assert client.post(PATH, json=question(host.url(path))).status_code == 200
-        sent = [body["messages"][0]["content"][0]["image_url"]["url"] for body in engine.seen]
-        assert all(url.startswith("data:image/bmp;base64,") for url in sent)
+        first, second = (body["messages"][0]["content"][0] for body in engine.seen)
+        assert first["image_url"]["url"].startswith("data:image/bmp;base64,")
+        assert second["uuid"] == first["uuid"], "both addresses lead to one picture"
+        assert second["image_url"] is None, "it goes to the engine once"
         host.seen.clear()
         for path in ("/private", "/numeric", "/plain", "/file", "/round", "/gone"):
             assert_refused(client.post(PATH, json=question(host.url(path))))
