@@ -1,6 +1,7 @@
 """Pass a request on to the engine and its answer back, and let go of the engine when the client has gone."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from serving.engine import Engine
 from serving.errors import ApiError, error_object, error_response
 from serving.notes import Note, note_of
 from serving.seen_pictures import SeenPictures
+from serving.stream_pace import StreamPace
 
 SECONDS_TO_CONNECT = 5.0
 SECONDS_FOR_NUMBERS = 5.0
@@ -55,6 +57,7 @@ class Upstream:
         """`engine` may change its address and its key when it starts anew."""
         self._engine = engine
         self._seen = SeenPictures()
+        self._pace = StreamPace()
         self._opened: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -173,6 +176,8 @@ class Upstream:
         if not wants_usage:
             # We count it, and take it out again.
             body = body | {"stream_options": {"include_usage": True}}
+        if streamed and path == CHAT:
+            body = {"stream_interval": self._pace.tokens_an_event()} | body  # what the client asks for counts
         try:
             answer = await self._answer(path, body)
             if not streamed or answer.status != 200:
@@ -181,7 +186,7 @@ class Upstream:
         except (aiohttp.ClientError, TimeoutError):
             return error_response(503, STOPPED, headers=TRY_AGAIN)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        relay = _relay(answer.content.iter_any(), note, wants_usage)
+        relay = _relay(answer.content.iter_any(), body, wants_usage, note, self._pace)
         # The task runs after a disconnect too, wherever in the relay that falls.
         closing = BackgroundTask(_close, answer)
         return StreamingResponse(relay, headers=headers, media_type="text/event-stream", background=closing)
@@ -213,26 +218,30 @@ async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> N
     scope.cancel()
 
 
-async def _relay(chunks: AsyncIterator[bytes], note: Note, wants_usage: bool) -> AsyncIterator[bytes]:
+async def _relay(
+    chunks: AsyncIterator[bytes], body: Mapping[str, Any], wants_usage: bool, note: Note, pace: StreamPace
+) -> AsyncIterator[bytes]:
     """The engine's events as they come, counted. An engine that dies on the way is told as one, as clients read.
 
-    An answer that is cut off never says what it took; then its pieces are counted, which are a token each or more.
+    An answer that is cut off never says what it took; then its pieces are counted.
     """
-    pieces, told = 0, False
+    pieces, taken, first = 0, dict[str, Any](), time.monotonic()
     try:
         async for events in _whole_events(chunks):
+            first = first if pieces else time.monotonic()
             pieces += events.count(b"\n\n")
             if b'"usage"' in events:
                 events, usage = _without_usage(events, wants_usage)
-                told = told or bool(usage)
-                note.take_usage(usage)
+                taken = usage or taken  # those of an answer so far, where they are told with each event
             if events:
                 yield in_our_words(events)
+        pace.note(taken.get("completion_tokens", 0) // body.get("n", 1), time.monotonic() - first)
     except aiohttp.ClientError:
         yield CUT_OFF + b"\n\n"
     finally:
-        if not told:
-            note.take_usage({"completion_tokens": pieces})
+        # The first two pieces are the role and the first token.
+        pieces += max(0, pieces - 2) * (body.get("stream_interval", 1) - 1)
+        note.take_usage(taken or {"completion_tokens": pieces})
 
 
 async def _whole_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

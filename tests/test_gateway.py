@@ -99,7 +99,8 @@ def test_openai_s_own_client_chats_and_streams(gateway: httpx.Client) -> None:
     assert whole.choices[0].message.content
     assert whole.usage is not None
     assert whole.usage.completion_tokens <= 24
-    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    fields |= {"stream": True, "stream_options": {"include_usage": True}, "extra_body": {"stream_interval": 1}}
+    chunks = list(client.chat.completions.create(**fields))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content
     assert len([piece for piece in pieces if piece]) > 3
