@@ -1,7 +1,7 @@
 """Say how many tokens an event of a streamed answer carries: one where they come slowly, some where they come fast."""
 
-SECONDS_AN_EVENT = 0.08  # twelve events a second still flow, and each costs both servers what a whole token costs
-MOST_TOKENS = 8
+SECONDS_AN_EVENT = 0.125  # eight events a second still flow, and each costs both servers what a whole token costs
+MOST_TOKENS = 16
 ENOUGH_TOKENS = 8  # of an answer, to tell a pace by
 NEWEST = 0.3  # weight of the newest answer
 

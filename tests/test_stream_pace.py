@@ -19,7 +19,7 @@ STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": Tr
 
 
 @pytest.mark.parametrize(
-    ("tokens_a_second", "tokens_an_event"), [(0.5, 1), (10, 1), (17, 1), (30, 2), (75, 6), (100, 8), (5_000, 8)]
+    ("tokens_a_second", "tokens_an_event"), [(0.5, 1), (8, 1), (11, 1), (20, 2), (75, 9), (140, 16), (5_000, 16)]
 )
 def test_an_event_carries_what_comes_in_its_time(tokens_a_second: float, tokens_an_event: int) -> None:
     pace = StreamPace()
@@ -34,7 +34,7 @@ def test_it_follows_the_newest_answers_and_heeds_no_short_ones() -> None:
     pace = StreamPace()
     pace.note(64, 1)
     pace.note(2, 100)
-    assert pace.tokens_an_event() == 5
+    assert pace.tokens_an_event() == 8
     for _ in range(10):
         pace.note(64, 64)
     assert pace.tokens_an_event() == 1
@@ -43,7 +43,7 @@ def test_it_follows_the_newest_answers_and_heeds_no_short_ones() -> None:
 def test_the_engine_is_told_and_the_client_s_own_wish_counts() -> None:
     with small_engine() as engine:
         app = create_gateway(engine, MODEL_NAME, read_model_folder(JOEY))
-        app.state.chat_service.upstream._pace.note(100, 2)
+        app.state.chat_service.upstream._pace.note(64, 2)
         with served(app) as address, httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
             for more in ({"stream": True}, {"stream": True, "stream_interval": 3}, {}):
                 assert client.post(CHAT, json=chat(**more)).status_code == 200
