@@ -276,12 +276,19 @@ def against_transformers(ours: Place, model: Path, rounds: int, tokens: int, sid
 def main(
     model: Annotated[str | None, typer.Argument(show_default="Joey")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of each comparison; the middle one counts.")] = 5,
+    at_once: Annotated[
+        list[int] | None, typer.Option(help="Only so many at once: 1, 8 or 32; may be repeated.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 64,
     side: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 640,
     transformers: Annotated[bool, typer.Option(help="Compare with `transformers serve` too.")] = True,
     apart: Annotated[bool, typer.Option("--apart", help="vLLM on the first core, the gateway on the others.")] = False,
 ) -> None:
     """Start the gateway and its vLLM, and measure both in turns."""
+    if unknown := set(at_once or ()) - set(REQUESTS_A_ROUND):
+        raise typer.BadParameter(
+            f"{min(unknown)} is none of {', '.join(map(str, REQUESTS_A_ROUND))}", param_hint="--at-once"
+        )
     folder = find_model(model)
     began = time.perf_counter()
     with gateway_and_its_vllm(folder) as (ours, bare):
@@ -290,8 +297,10 @@ def main(
             put_apart(ours.process)
         for place in (bare, ours):  # what is made at first use is made
             new_round(place, 16, 8, tokens, side)
-        for at_once in REQUESTS_A_ROUND:
-            throughput(bare, ours, at_once, rounds, tokens, side)
+        for number in at_once or REQUESTS_A_ROUND:
+            throughput(bare, ours, number, rounds, tokens, side)
+        if at_once:
+            return
         for asked_side in (0, side):
             first_tokens(bare, ours, rounds, asked_side)
         second_turns(ours, rounds, max(side, 1600))

@@ -74,9 +74,8 @@ class ChatRequest(Part):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=1_000)] | None = None
     include_stop_str_in_output: bool | None = None
-    stream_interval: Annotated[int, Field(ge=1, le=1_000)] | None = (
-        None  # tokens of an event; by their pace where unset
-    )
+    # Tokens that an event carries; where unset, by how fast they come.
+    stream_interval: Annotated[int, Field(ge=1, le=1_000)] | None = None
     skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
