@@ -1,6 +1,7 @@
 """Pass a request on to the engine and its answer back, and let go of the engine when the client has gone."""
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -30,6 +31,8 @@ FAILURE = b'data: {"error"'  # how an event begins by which vLLM ends a stream t
 # vLLM ends what an engine works on when it is told to stop (as the others are when one of several dies), and calls the
 # half answer good. In the text of an answer the quotes would be escaped.
 ABORTED = b'"finish_reason":"abort"'
+ENDED = re.compile(rb'"finish_reason": ?"')
+DONE = b"data: [DONE]"
 STOPPED = "The engine stopped while it worked on this request."
 CUT_OFF = b"data: " + json.dumps(error_object(503, "The engine stopped in the middle of the answer.")).encode()
 JSON = TypeAdapter(dict[str, Any])
@@ -226,6 +229,7 @@ async def _relay(
     An answer that is cut off never says what it took; then its pieces are counted.
     """
     pieces, taken, first = 0, dict[str, Any](), time.monotonic()
+    has_ended = "messages" not in body  # only a chat says why it ended
     try:
         async for events in _whole_events(chunks):
             first = first if pieces else time.monotonic()
@@ -233,6 +237,10 @@ async def _relay(
             if b'"usage"' in events:
                 events, usage = _without_usage(events, wants_usage)
                 taken = usage or taken  # those of an answer so far, where they are told with each event
+            has_ended = has_ended or ENDED.search(events) is not None or FAILURE in events
+            if not has_ended and DONE in events:
+                # vLLM passes over the end of a chat that it stopped before the first token.
+                events = events.replace(DONE, CUT_OFF + b"\n\n" + DONE)
             if events:
                 yield in_our_words(events)
         pace.note(taken.get("completion_tokens", 0) // body.get("n", 1), time.monotonic() - first)

@@ -30,7 +30,7 @@ class SmallEngine:
         self.go_on.set()
         self.seen: list[dict[str, Any]] = []
         self.text = "Yes."
-        self.finish_reason = "stop"
+        self.finish_reason: str | None = "stop"
         self.known: set[str] = set()  # names of pictures that it keeps
         self.drops = 0  # connections that end before an answer, from the next question on
         self._state = state or EngineState(Phase.READY, "ready")

@@ -28,7 +28,6 @@ from assistant.checkpoint import load_llava
 from assistant.images import encode_data_url
 from assistant.models import JOEY, ModelError
 from serving.adapters import AdapterPlaces
-from serving.chat_service import picture_part
 from serving.cpu_adapters import AdapterRows
 from serving.doors import Doors
 from serving.engine import LocalEngine, Phase
@@ -128,7 +127,7 @@ def ask(client: httpx.Client, model: str, prompt: Prompt) -> list[int]:
 
 def body_of(prompt: Prompt, tokens: int = 24) -> dict[str, Any]:
     """A request for the likeliest answer, less the model."""
-    messages = prompt.messages(lambda picture: picture_part(encode_data_url(picture)))
+    messages = prompt.messages(lambda picture: {"type": "image_url", "image_url": {"url": encode_data_url(picture)}})
     return {"messages": messages, "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
 
 

@@ -296,6 +296,18 @@ def test_half_an_answer_that_the_engine_breaks_off_is_none(stream: bool, facts: 
             assert answer.json()["error"]["message"] == "The engine stopped while it worked on this request."
 
 
+def test_a_stream_that_ends_without_a_reason_is_no_answer(facts: ModelFacts) -> None:
+    """As vLLM's does where it stopped the request before its first token."""
+    with small_engine() as engine, served(create_gateway(engine, "joey", facts)) as address:
+        assert "error" not in ask(address, stream=True).text
+        engine.finish_reason, engine.text = None, ""
+        answer = ask(address, stream=True)
+        *_, event, done, _ = answer.text.split("\n\n")
+        assert done == "data: [DONE]"
+        told = json.loads(event.removeprefix("data: "))
+        assert told["error"]["message"] == "The engine stopped in the middle of the answer."
+
+
 # -- Clients that go away ----------------------------------------------------------------------------------------------
 
 

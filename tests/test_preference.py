@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from assistant.adapter_files import load_adapted
 from assistant.answering import Assistant, Request
 from assistant.checkpoint import load_llava
+from tests.shards import write_shards
 from training.checkpoints import newest_whole
 from training.config import RecipeError, read_recipe, rehearsal
 from training.data.pictures import DataError
@@ -192,12 +193,13 @@ def test_faults_are_told_before_anything_trains(tiny_model: Path, tmp_path: Path
     assert not (tmp_path / "prefer" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("name", ["prefer-joey", "reward-joey", "reinforce-joey"])
+@pytest.mark.parametrize("name", ["prefer-joey", "reward-joey", "reward-captions", "reinforce-joey"])
 def test_the_two_step_form_of_a_shipped_recipe_runs(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """On a tiny model in Joey's place; what comes out answers, and says what it came from."""
     recipe = rehearsal(read_recipe(name))
     stage = recipe.stages[0].model_copy(update={"start_from": str(tiny_model)})
-    model = run_recipe(recipe.model_copy(update={"stages": (stage,)}), None, tmp_path)
+    recipe = recipe.model_copy(update={"stages": (stage,)})
+    model = run_recipe(recipe, write_shards(tmp_path / "data", recipe), tmp_path)
     assert Assistant.load(model).answer_batch([Request("What is this?", (make_scene(1).image,))], 4)
     assert (model / "adapter" / "adapter_model.safetensors").is_file()
     assert set(json.loads((model / "provenance.json").read_text())["stages"]) == {stage.name}
