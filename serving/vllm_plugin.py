@@ -1,10 +1,24 @@
-"""What we mend in vLLM from the inside: how its processes ask for the CPU's matrix unit, and compute adapters there."""
+"""What we mend in vLLM on CPUs from the inside: the asking for the matrix unit, adapters, and norms."""
 
 import torch
 
 
+def mend() -> None:
+    """Called by vLLM in each of its processes (entry point `vllm.general_plugins` in `pyproject.toml`)."""
+    ask_for_matrix_unit()
+    # Late: only vLLM's own processes import vLLM.
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # It says itself why.
+        current_platform.get_punica_wrapper = lambda: "serving.cpu_adapters.AdapterRows"  # type: ignore[method-assign]
+        from serving.cpu_norms import use_kernels
+
+        use_kernels()
+
+
 def ask_for_matrix_unit() -> None:
-    """Called by vLLM in each of its processes (entry point `vllm.general_plugins` in `pyproject.toml`).
+    """Ask Linux for AMX.
 
     On CPUs with AMX, vLLM 0.32 answers bfloat16 attention with AMX instructions, which Linux gives a process only when
     it asks. vLLM does not; it lives on oneDNN's asking, and oneDNN asks when it first meets a matrix product that is
@@ -12,13 +26,3 @@ def ask_for_matrix_unit() -> None:
     A new program starts without the permission, so it cannot be had for vLLM from outside.
     """
     torch.cpu._init_amx()
-    _mend_adapters()
-
-
-def _mend_adapters() -> None:
-    """Have vLLM compute adapters on CPUs as `serving.cpu_adapters` does, which says why."""
-    # Late: only vLLM's own processes import vLLM.
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        current_platform.get_punica_wrapper = lambda: "serving.cpu_adapters.AdapterRows"  # type: ignore[method-assign]
