@@ -49,7 +49,7 @@ def use_kernels() -> None:
     """Register the kernels in this process of vLLM, and prefer them to plain torch where they fit. Once a process."""
     ir.ops.rms_norm.register_impl(KERNELS, supports_args=_fits)(rms_norm)
     ir.ops.fused_add_rms_norm.register_impl(KERNELS, supports_args=_fits_sum, inplace=True)(fused_add_rms_norm)
-    current_platform.get_default_ir_op_priority = _priority  # type: ignore[method-assign]
+    current_platform.get_default_ir_op_priority = _priority  # type: ignore[assignment, method-assign]
 
 
 def _priority(config: object) -> IrOpPriorityConfig:

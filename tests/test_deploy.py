@@ -37,6 +37,7 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 VLLM = ["vllm.entrypoints.cli.main", "serve"]
 # What an engine of its own gets from the gateway by the machine and the model, and one elsewhere from who starts it.
 OF_THE_PLACE = {"--model", "--served-model-name", "--host", "--port", "--dtype", "--model-impl", "--max-model-len"}
+OF_CPUS = {"--enforce-eager", "--block-size"}  # and these containers have GPUs
 
 
 class Container(NamedTuple):
@@ -181,7 +182,7 @@ def test_an_engine_in_a_container_is_guarded_as_one_of_our_own(engine: Container
     facts = ModelFacts(Path("model"), "clip_vision_model", True, None, None)
     ours = flags_of(vllm_command(facts, "model", 1, "auto", most_pictures=8))
     theirs = flags_of(engine.words)
-    for name in ours.keys() - OF_THE_PLACE - {"--enforce-eager"}:
+    for name in ours.keys() - OF_THE_PLACE - OF_CPUS:
         assert name in theirs, f"{engine.name} lacks {name}"
         if ours[name].startswith("{"):
             assert json.loads(theirs[name]) == json.loads(ours[name]), name

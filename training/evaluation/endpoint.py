@@ -104,8 +104,8 @@ class _Asking:
     async def _weighed(self, client: openai.AsyncOpenAI, item: Item) -> Prediction:
         """The likelihood of each choice, as the server's own log-probabilities of a prompt that ends with it."""
         question = await self._message(item)
-        more = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 0}}
-        closed = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 0, "add_generation_prompt": False}}
+        more = {"max_tokens": 1, "prompt_logprobs": 0}
+        closed = {**more, "add_generation_prompt": False}
         try:
             before = await self._post(client, [question], **more)
             found = []
@@ -126,10 +126,12 @@ class _Asking:
         return {"role": "user", "content": parts}
 
     async def _post(self, client: openai.AsyncOpenAI, messages: list[Any], **more: Any) -> str:
-        """The body of the answer, whatever it is: the client itself would pass nonsense on as if it were an answer."""
-        raw = client.chat.completions.with_raw_response
-        answer = await raw.create(model=self.model, messages=messages, temperature=0, **more)
-        return str(answer.text)
+        """The body of the answer, whatever it is: the client itself would pass nonsense on as if it were an answer.
+
+        `chat.completions.create` would look at each field of the request first, which takes a third of its time.
+        """
+        asked = {"model": self.model, "messages": messages, "temperature": 0, **more}
+        return await client.post("/chat/completions", body=asked, cast_to=str)
 
 
 def _options(settings: EndpointSettings) -> dict[str, Any]:
