@@ -191,11 +191,11 @@ def test_an_engine_that_is_killed_has_its_adapters_again(
         gateway = create_gateway(engine, BASE, read_model_folder(JOEY), adapters=AdapterPlaces(folder=folder))
         with served(gateway) as address, client_of(address) as client, loaded(client, "one", "one"):
             assert answers(client, "one") == of_one
+            port = engine.base_url.rpartition(":")[2]  # other tests' engines live beside it
             [vllm] = [
                 process
                 for process in psutil.Process().children(recursive=True)
-                if "vllm.entrypoints.openai.api_server" in process.cmdline()
-                and "supervisor.py" not in " ".join(process.cmdline())
+                if port in process.cmdline() and "supervisor.py" not in " ".join(process.cmdline())
             ]
             vllm.kill()
             wait_until(lambda: engine.restarts == 1, 60, "started again")
