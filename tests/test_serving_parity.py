@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from assistant.images import encode_data_url, open_picture
 from assistant.models import JOEY
 from serving.engine import LocalEngine
-from serving.vllm_program import Dtype
+from serving.vllm_program import BLOCK, Dtype
 from tests.conftest import SECONDS_TO_START, gateway_client
+from tests.test_gateway import vllm_number
 from training.data.scenes import EVALUATION_SEED, make_scene
 
 MODEL_NAME = "parity"
@@ -219,6 +220,23 @@ def test_log_probabilities_agree(served_answers: list[Answer], reference_answers
             furthest = max([furthest, *near])
     print(f"{dtype}: log-probabilities lie at most {furthest:.2g} apart")
     assert furthest < TOLERANCE[dtype]
+
+
+def test_a_second_question_is_answered_from_what_is_kept_of_the_first(joey_engine: LocalEngine) -> None:
+    """What both begin with, the picture above all, is not computed again, and the answer is still transformers'."""
+    picture = make_scene(EVALUATION_SEED - 1).image
+    first, second = (Prompt([("user", [picture, question])]) for question in QUESTIONS[:2])
+    with gateway_client(joey_engine, joey_engine.facts, joey_engine.model_name) as client:
+        asked = ask_gateway(client, first, joey_engine.model_name)
+        before = vllm_number(joey_engine, "prefix_cache_hits_total")
+        served = ask_gateway(client, second, joey_engine.model_name)
+    common = first_difference(asked.prompt_ids, served.prompt_ids)
+    assert common is not None and common >= 3 * BLOCK
+    assert vllm_number(joey_engine, "prefix_cache_hits_total") - before == common // BLOCK * BLOCK
+    reference = AutoModelForImageTextToText.from_pretrained(JOEY, dtype=torch.float32).eval()
+    right = ask_transformers(reference, AutoProcessor.from_pretrained(JOEY), second)
+    assert served.ids == right.ids
+    assert served.logprobs == pytest.approx(right.logprobs, abs=TOLERANCE["float32"])
 
 
 def test_answers_depend_on_the_picture(served_answers: list[Answer]) -> None:
