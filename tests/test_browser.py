@@ -174,7 +174,10 @@ def wait_for_answer(page: Page) -> None:
 WATCH_LENGTHS = """() => {
     window.lengths = new Set();
     const chat = document.querySelector("#chat");
-    const look = () => window.lengths.add(chat.innerText.length);
+    const look = () => {
+        const answer = [...chat.querySelectorAll("[data-testid=bot]")].pop();
+        if (answer) window.lengths.add(answer.innerText.length);
+    };
     new MutationObserver(look).observe(chat, {subtree: true, childList: true, characterData: true});
 }"""
 
