@@ -575,6 +575,20 @@ def test_dino_is_lightlys_step_after_step() -> None:
         torch.testing.assert_close(objective.centre.value, theirs.center.flatten(), **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["dino", "dinov2"])
+def test_koleo_is_added_for_the_large_crops_and_only_where_it_has_a_weight(name: str) -> None:
+    from lightly.loss import KoLeoLoss
+
+    without = tiny_objective(name, koleo_weight=0)
+    batch = without.collate(samples_of(without, 4))
+    assert "koleo_loss" not in without(**batch)
+    objective = tiny_objective(name, koleo_weight=0.3)
+    assert isinstance(objective, DinoObjective | DinoV2Objective)
+    pooled = objective.represent(**batch)["student"]
+    expected = 0.3 * sum(KoLeoLoss()(crops) for crops in pooled.unbind(1)[:2])
+    torch.testing.assert_close(objective(**batch)["koleo_loss"], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_dinov2_is_the_sum_of_its_formulas(separate: bool) -> None:
     """Loops and lightly's KoLeo on the outputs of the tower, crop by crop and patch by patch."""

@@ -222,6 +222,7 @@ def test_a_person_prefers_from_a_file(tiny_model: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--no-rehearsal", "--no-report"])
     assert done.exit_code == 0, done.output
     assert f"The model is in {out / 'model'}" in done.stdout.replace("\n", "")
+    assert json.loads((out / "model" / "provenance.json").read_text())["recipe"]["stages"][0]["held_out_samples"] == 6
     file.write_text("\n".join([*rows, "0.png,What?,the same,the same"]))
     wrong = CliRunner().invoke(app, [*command[:-4], "--no-rehearsal"])
     assert wrong.exit_code == 1 and "row 7 (line 8): rejected: it is the same answer" in wrong.stderr

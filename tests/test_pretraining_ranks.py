@@ -26,7 +26,11 @@ def deterministic(name: str, settings: dict[str, Any] | None = None, **schedule:
     return stage_of(name, backbone=backbone, settings=said, schedule={"steps": 1, **schedule})
 
 
-FROZEN = {"frozen_prototypes": 1.0}
+# What differs from the shipped form of an objective and gathers otherwise, by a title: an objective and its settings.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "frozen": ("dino", {"frozen_prototypes": 1.0}),
+    "spreading": ("dino", {"koleo_weight": 0.1}),
+}
 
 
 def train_as(rank: int, runs: Path, port: int, plans: list[tuple[str, str, dict[str, Any]]]) -> None:
@@ -47,26 +51,32 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_tokenizer(tmp_path_factory.mktemp("words")).save_pretrained(folder / "tokenizer" / "output")
     plans: list[tuple[str, str, dict[str, Any]]] = [(f"{name}-at-once", name, {"batch_size": 4}) for name in CASES]
     plans += [(f"{name}-in-parts", name, {"batch_size": 2, "accumulation": 2}) for name in CASES]
-    plans += [("frozen", "dino", {"batch_size": 4, "settings": FROZEN})]
+    plans += [(title, name, {"batch_size": 4, "settings": said}) for title, (name, said) in VARIANTS.items()]
     multiprocessing.spawn(train_as, (folder, free_port(), plans), nprocs=RANKS)
     return folder
+
+
+def require_equal(ranks: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    """All gradients of both ranks are those of one process."""
+    assert whole.keys() == ranks.keys()
+    for key, gradient in whole.items():
+        assert torch.allclose(ranks[key], gradient, rtol=1e-3, atol=2e-6), key
 
 
 @pytest.mark.parametrize("how", ["at-once", "in-parts"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_have_the_gradient_of_one_process(name: str, how: str, runs: Path, tmp_path: Path) -> None:
     """Four samples on each of two ranks give the gradient of eight in one process; also as two times two each."""
-    whole = gradients_of_a_step(deterministic(name), runs, tmp_path)
-    ranks = torch.load(runs / f"{name}-{how}.pt")
-    assert whole.keys() == ranks.keys()
-    for key, gradient in whole.items():
-        assert torch.allclose(ranks[key], gradient, rtol=1e-3, atol=2e-6), key
+    require_equal(torch.load(runs / f"{name}-{how}.pt"), gradients_of_a_step(deterministic(name), runs, tmp_path))
 
 
-def test_frozen_prototypes_stay_behind_on_two_ranks(runs: Path, tmp_path: Path) -> None:
-    """While they are frozen the optimiser gets no gradient of the prototypes, and all others as in one process."""
-    whole = gradients_of_a_step(deterministic("dino", FROZEN), runs, tmp_path)
-    ranks = torch.load(runs / "frozen.pt")
-    assert whole.keys() == ranks.keys()
-    assert "head.prototypes" not in ranks
+@pytest.mark.parametrize("title", VARIANTS)
+def test_so_have_variants(title: str, runs: Path, tmp_path: Path) -> None:
+    name, settings = VARIANTS[title]
+    whole = gradients_of_a_step(deterministic(name, settings), runs, tmp_path)
+    require_equal(torch.load(runs / f"{title}.pt"), whole)
+
+
+def test_the_optimiser_gets_no_gradient_of_frozen_prototypes(runs: Path) -> None:
+    assert "head.prototypes" not in torch.load(runs / "frozen.pt")
     assert "head.prototypes" in torch.load(runs / "dino-at-once.pt")

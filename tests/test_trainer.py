@@ -328,6 +328,17 @@ def test_every_kind_of_run_leaves_its_curves(whole: Path) -> None:
     assert (whole / "curves.png").stat().st_size < 300_000
 
 
+def test_curves_are_drawn_at_saves_now_and_then_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four saves of a run that has only begun draw nothing; where time has passed, each does."""
+    drawn: list[int] = []
+    monkeypatch.setattr("training.callbacks.draw_curves", lambda lines, title, file: drawn.append(len(lines)))
+    saving_run(tmp_path / "short")
+    assert len(drawn) == 1
+    monkeypatch.setattr("training.callbacks.SECONDS_BETWEEN_DRAWINGS", 0)
+    saving_run(tmp_path / "long")
+    assert len(drawn) == 1 + STEPS + 1 and drawn[1:] == sorted(drawn[1:])
+
+
 def test_curves_show_what_was_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses share a panel, every other number has one, long runs are thinned but keep their ends; no loss, no file."""
     drawn: dict[str, tuple[list[int], list[float]]] = {}

@@ -25,6 +25,7 @@ SHARE_OF_RATE: dict[Kind, float] = {"preference": 0.25, "reward": 1.0, "reinforc
 STEPS: dict[Kind, int] = {"preference": 300, "reward": 300, "reinforce": 200}  # on scenes, which never end
 BATCH = 8
 SCENES = 1_000_000
+HELD_OUT = 256  # pairs that validate; of a file not more than it has rows, or a small one's few would be asked often
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def after_tuning_recipe(wish: AfterWish) -> Recipe:
     if wish.data is not None and wish.captions is not None:
         raise RecipeError("say --data or --captions, not both")
     text, stored = settings_of(wish.model)
+    rows = _rows(wish)
     rank = wish.rank or 16
     said: dict[str, Any] = {
         "kind": wish.kind,
@@ -67,11 +69,11 @@ def after_tuning_recipe(wish: AfterWish) -> Recipe:
         "start_from": start_of(wish.model),
         "lora": LoraSettings(rank=rank, alpha=2 * rank),
         "still": stored,
-        "schedule": _schedule(wish, int(text["hidden_size"])),
+        "schedule": _schedule(wish, rows, int(text["hidden_size"])),
     }
     if wish.beta is not None:
         said["beta"] = wish.beta
-    stage = _stage(wish, said, min(LONGEST, int(text["max_position_embeddings"])))
+    stage = _stage(wish, said, rows, min(LONGEST, int(text["max_position_embeddings"])))
     return Recipe(
         name=wish.out.name,
         about=f"{wish.kind} of {wish.model or 'Joey'} on {_data_in_words(wish)}.",
@@ -81,13 +83,23 @@ def after_tuning_recipe(wish: AfterWish) -> Recipe:
     )
 
 
-def _stage(wish: AfterWish, said: dict[str, Any], longest: int) -> PreferenceStage | RewardStage | ReinforceStage:
+def _rows(wish: AfterWish) -> int | None:
+    """How many pairs the person's file has; None where none is named."""
+    if wish.data is None:
+        return None
+    path = Path(wish.data).expanduser()
+    return len(open_preferences(path if path.exists() else wish.data))
+
+
+def _stage(
+    wish: AfterWish, said: dict[str, Any], rows: int | None, longest: int
+) -> PreferenceStage | RewardStage | ReinforceStage:
     if wish.kind == "reinforce":
         judge = None if wish.judge is None else start_of(wish.judge)
         asked = {"scene_kinds": wish.scene_kinds, "questions": wish.questions, "judge": judge}
         tried = {"answers": wish.answers, "temperature": wish.temperature}
         return ReinforceStage.model_validate(said | asked | tried)
-    said |= {"longest": longest} | _sources(wish)
+    said |= {"longest": longest, "held_out_samples": min(HELD_OUT, rows or HELD_OUT)} | _sources(wish)
     if wish.kind == "reward":
         return RewardStage.model_validate(said)
     return PreferenceStage.model_validate(said | {"imitation": wish.imitation})
@@ -102,11 +114,9 @@ def _sources(wish: AfterWish) -> dict[str, Any]:
     return {"pairs": (conversation_source(wish.data, wish.pictures, wish.downloads, damaged=0.0),)}
 
 
-def _schedule(wish: AfterWish, width: int) -> Schedule:
+def _schedule(wish: AfterWish, rows: int | None, width: int) -> Schedule:
     batch, steps = wish.batch_size or BATCH, wish.steps or STEPS[wish.kind]
-    if wish.data is not None:
-        path = Path(wish.data).expanduser()
-        rows = len(open_preferences(path if path.exists() else wish.data))
+    if rows is not None:
         batch = wish.batch_size or min(BATCH, rows)
         steps = wish.steps or max(1, math.ceil(EPOCHS * rows / batch))
     return Schedule(

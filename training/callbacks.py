@@ -18,7 +18,7 @@ from training.schedules import cosine
 from training.stopping import StopRequest
 
 CURVES = "curves.png"
-SECONDS_BETWEEN_DRAWINGS = 20.0  # drawing takes one; a run that saves at every step would do little else
+SECONDS_BETWEEN_DRAWINGS = 20.0  # drawing takes up to one; a run that saves at every step would do little else
 
 
 class AroundStep(TrainerCallback):
@@ -81,6 +81,7 @@ class KeepsLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Go on with the lines until the step that the run goes on from; what was said there is not said again."""
+        self._drawn = time.monotonic()
         if state.is_world_process_zero:
             self.lines = self.log.lines(up_to=state.global_step)
 
@@ -100,7 +101,7 @@ class KeepsLog(TrainerCallback):
         self.lines.append(line)
 
     def on_save(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Draw the curves, unless that was just done."""
+        """Draw the curves, unless the run has only begun, or that was just done."""
         if state.is_world_process_zero and time.monotonic() - self._drawn > SECONDS_BETWEEN_DRAWINGS:
             self.draw()
 

@@ -11,6 +11,8 @@ from training.run_log import Line, series
 
 COLUMNS = 4
 PANEL = (3.2, 2.1)  # inches
+HEAD, FOOT = 0.7, 0.5  # inches above and below all panels
+MOST_TICKS = 5  # of an axis; each costs a millisecond, and a run may have twenty panels
 DOTS_PER_INCH = 90
 MOST_POINTS = 400  # of a curve; a longer one is thinned, so that the file stays small
 # What tells nothing of training, or stands in the first panel.
@@ -30,8 +32,11 @@ def draw_curves(lines: Sequence[Line], title: str, file: Path) -> None:
         return
     names = [name for name in _numbers(lines) if name not in LEFT_OUT]
     rows = -(-(1 + len(names)) // COLUMNS)
-    figure = Figure((PANEL[0] * COLUMNS, PANEL[1] * rows + 0.4), layout="constrained")
+    height = PANEL[1] * rows + HEAD + FOOT
+    figure = Figure((PANEL[0] * COLUMNS, height))
     FigureCanvasAgg(figure)
+    # By hand: matplotlib's own layouts draw everything once more to measure it, which is half of the time.
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=FOOT / height, top=1 - HEAD / height, wspace=0.25, hspace=0.4)
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     _curve(axes[0], lines, "loss", "training")
     _curve(axes[0], lines, "eval_loss", "held out")
@@ -62,4 +67,5 @@ def _curve(axis: Axes, lines: Sequence[Line], name: str, label: str) -> None:
     kept = [place for place in range(len(steps)) if place % every == 0 or place == len(steps) - 1]
     axis.plot([steps[place] for place in kept], [values[place] for place in kept], label=label, linewidth=1, marker=".")
     axis.tick_params(labelsize=7)
+    axis.locator_params(nbins=MOST_TICKS)
     axis.grid(alpha=0.3)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from assistant.towers import Tower
 from training.data.augment import multi_crop
 from training.data.pictures import Picture
+from training.distillation_losses import koleo_loss
 from training.heads import PrototypeHead
 from training.objective import TrainsTower, Watched, WholeBatchObjective, check_side, mask_token_names
 from training.schedules import cosine, warm_up
@@ -49,6 +50,7 @@ class SelfDistillationSettings(Strict):
     warm_up: float = Field(0.3, ge=0, le=1, description="share of the steps in which its temperature changes")
     momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at step 0; a cosine takes it to 1")
     frozen_prototypes: float = Field(0.01, ge=0, le=1, description="share of the steps before the prototypes move")
+    koleo_weight: float = Field(0.0, ge=0, description="of the loss that spreads the pooled outputs; 0 is without it")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,13 @@ class SelfDistillation(TrainsTower, WholeBatchObjective):
             return pooled
         behind = self.tower(self.tower.normalise(small.flatten(0, 1))).pooled
         return torch.cat([pooled, behind.unflatten(0, small.shape[:2])], dim=1)
+
+    def spreading(self, student: Tensor) -> dict[str, Tensor]:
+        """KoLeo of pooled outputs (B, 2 + n, D), each large crop among those of its place; nothing at a weight of 0."""
+        if not self.settings.koleo_weight:
+            return {}
+        koleo = torch.stack([koleo_loss(student[:, crop]) for crop in range(LARGE_CROPS)]).sum()
+        return {"koleo_loss": self.settings.koleo_weight * koleo}
 
     def begin_step(self, step: int, steps: int) -> None:
         """Set the teacher's temperature."""

@@ -43,16 +43,21 @@ class DinoObjective(SelfDistillation):
         return {"student": self.with_small(student, small), "teacher": teacher}
 
     def compare(self, representations: dict[str, Tensor]) -> dict[str, Tensor]:
-        """DINO's loss, and how far apart the teacher's pooled outputs are."""
+        """DINO's loss, KoLeo where it has a weight, and how far apart the teacher's pooled outputs are."""
         teacher = representations["teacher"].detach()
         with torch.no_grad():
             scores = self.teacher_head.model(teacher)
         targets = self.centre.probabilities(scores, self.temperature)
         if self.training:
             self.centre.remember(scores)
-        student = self.head(representations["student"])
-        loss = crops_loss(student, targets, self.settings.student_temperature)
-        return {"crops_loss": loss, "teacher_spread": spread(teacher[:, 0]), **target_facts(targets)}
+        student = representations["student"]
+        loss = crops_loss(self.head(student), targets, self.settings.student_temperature)
+        return {
+            "crops_loss": loss,
+            **self.spreading(student),
+            "teacher_spread": spread(teacher[:, 0]),
+            **target_facts(targets),
+        }
 
     def after_step(self, step: int, steps: int) -> None:
         """Move the teacher and the centre."""

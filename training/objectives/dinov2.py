@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from assistant.towers import Tower
 from training.data.augment import block_mask
 from training.data.pictures import Picture
-from training.distillation_losses import crops_loss, koleo_loss, patches_loss, sinkhorn_knopp
+from training.distillation_losses import crops_loss, patches_loss, sinkhorn_knopp
 from training.objective import Start, given_tower
 from training.picture_decoder import take
 from training.self_distillation import (
@@ -131,11 +131,10 @@ class DinoV2Objective(SelfDistillation):
         scores = self.head(student)
         targets = self._targets(teacher, self.teacher_head)
         loss = crops_loss(scores, targets, settings.student_temperature)
-        koleo = torch.stack([koleo_loss(student[:, crop]) for crop in range(LARGE_CROPS)]).sum()
         return {
             "crops_loss": loss,
             "patches_loss": settings.patches_weight * self._patches_loss(representations),
-            "koleo_loss": settings.koleo_weight * koleo,
+            **self.spreading(student),
             "teacher_spread": spread(teacher[:, 0]),
             **target_facts(targets),
         }
