@@ -1,5 +1,6 @@
 """One real vLLM and one real gateway for the whole test session, on a tiny model with random weights."""
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ SECONDS_TO_START = 400.0
 # of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports left out where garbage is looked for: each training does that, and it took a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

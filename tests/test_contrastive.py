@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor, CLIPModel, PreTrainedTokenize
 from assistant.embeddings import load_embedder, text_ids
 from assistant.tower_shapes import new_image_processor
 from assistant.towers import ResNetShape, TextShape, ViTShape, clip_tokenizer, load_tower, new_pair, new_tower
+from tests.ranks import RANKS, on_two_ranks
 from tests.tiny import make_tiny_tokenizer
 from training import contrastive_losses
 from training import sigmoid_loss as sigmoid_module
@@ -45,7 +46,6 @@ from training.trainer import freeze_all_but
 
 NAMES = ("clip", "siglip", "simclr")
 SIDE, PATCH, WIDTH, LENGTH = 32, 8, 32, 20
-RANKS = 2
 TEXTS = ("a red circle", "a blue square", "a red circle", "two green stars on white", "a dog", "left of a cat")
 
 
@@ -696,7 +696,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     """What two gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     tokenizer.save_pretrained(folder)
-    torch.multiprocessing.spawn(on_one_rank, (str(folder),), nprocs=RANKS)
+    on_two_ranks(on_one_rank, str(folder))
     return [torch.load(folder / f"{number}.pt") for number in range(RANKS)]
 
 

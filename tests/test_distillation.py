@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from assistant.towers import ResNetShape, Tower, ViTShape, load_tower, new_tower
+from tests.ranks import on_two_ranks
 from training import distillation_losses
 from training.cached_step import cached_step
 from training.data.pictures import Picture
@@ -756,7 +757,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     The tower rounds three pictures otherwise than six, so what is small beside its tensor's largest value may differ
     more; at the second step those roundings went through a step of training.
     """
-    torch.multiprocessing.spawn(on_one_rank, (str(tmp_path),), nprocs=2)
+    on_two_ranks(on_one_rank, str(tmp_path))
     for name in SETTINGS:
         objective = tiny_objective(name, tiny_tower("vit"))
         expected = two_steps(objective, objective, samples_of(objective, 6))

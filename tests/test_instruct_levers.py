@@ -1,18 +1,18 @@
 """What makes instruction tuning fast changes no loss and no gradient: packing, kept features, the step's own mean."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from assistant.chat import encode_conversation
 from assistant.checkpoint import load_llava
 from serving.engine import free_port
+from tests.ranks import as_launched, on_two_ranks
 from tests.test_training import lessons, view
 from tests.tiny import make_tiny_llava
 from training.config import Schedule
@@ -22,7 +22,6 @@ from training.step_weight import share_step_weight
 from training.trainer import ObjectiveTrainer, freeze_all_but
 
 ALL: tuple[Part, ...] = ("tower", "projector", "language")
-RANKS = 2
 WORDS = "a large red circle and a small blue square on a white ground"
 
 
@@ -181,9 +180,7 @@ def test_a_mean_of_means_would_be_another_gradient(folder: Path) -> None:
 
 def train_as(rank: int, folder: Path, runs: Path, port: int, batch_size: int, accumulation: int) -> None:
     """One of two processes: the first rank sees texts alone in its first batch, the second many pictures."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    as_launched(rank, port)
     found = first_gradient(folder, runs / f"rank-{rank}", batch_size, accumulation, mixed_lessons())
     if rank == 0:
         torch.save(found, runs / "gradients.pt")
@@ -206,6 +203,6 @@ def test_two_ranks_equal_one_process_with_texts_on_one_and_pictures_on_the_other
     folder: Path, tmp_path: Path, batch_size: int, accumulation: int
 ) -> None:
     """Nobody waits for ever, and the gradient is that of all eight lessons in one batch."""
-    multiprocessing.spawn(train_as, (folder, tmp_path, free_port(), batch_size, accumulation), nprocs=RANKS)
+    on_two_ranks(train_as, folder, tmp_path, free_port(), batch_size, accumulation)
     whole = first_gradient(folder, tmp_path / "whole", 8, 1, mixed_lessons())
     assert_same(torch.load(tmp_path / "gradients.pt"), whole)

@@ -1,17 +1,16 @@
 """What is looked at while a tower trains is measured right, and looking leaves no trace in what trains."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.nn import functional
 from transformers import set_seed
 
 from serving.engine import free_port
+from tests.ranks import as_launched, on_two_ranks
 from tests.small_runs import (
     HELD_OUT,
     SIDE,
@@ -31,8 +30,6 @@ from training.objectives.dino import DinoObjective
 from training.random_state import only_looking
 from training.representation import alignment, kept_direction, rank_me, uniformity
 from training.stages import Workshop, build_tower_objective, opened_monitor
-
-RANKS = 2
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +147,7 @@ def test_looking_leaves_no_trace(name: str, runs: Path, tmp_path: Path) -> None:
 
 def look_as(rank: int, runs: Path, port: int, steps: int) -> None:
     """What one of two processes does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    as_launched(rank, port)
     stage = small_stage("simclr", steps, schedule={"batch_size": 8, "save_every": 1})
     for folder, monitor in (("with", Monitor(every=1, pictures=16)), ("without", None)):
         objective = small_run(stage, runs, runs / folder, monitor)
@@ -161,7 +156,7 @@ def look_as(rank: int, runs: Path, port: int, steps: int) -> None:
 
 def test_the_main_rank_looks_and_nobody_hangs(tmp_path: Path) -> None:
     """Two processes: one line a look, whole checkpoints, and on both the weights of a run that nobody looked at."""
-    multiprocessing.spawn(look_as, (tmp_path, free_port(), 2), nprocs=RANKS)
+    on_two_ranks(look_as, tmp_path, free_port(), 2)
     assert [look["step"] for look in logged(tmp_path / "with", "rank")] == [0, 1, 2]
     assert len(logged(tmp_path / "with", "eval_loss")) == 1
     first, *others = [torch.load(tmp_path / f"{which}-{rank}.pt") for which in ("with", "without") for rank in (0, 1)]

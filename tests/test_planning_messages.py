@@ -1,7 +1,6 @@
 """What plan says a step sends is what two real processes send: every collective is counted, and none is left out."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scripts.measure_costs import CASES, prepared, prepared_language, stage_of
 from serving.engine import free_port
+from tests.ranks import RANKS, as_launched, on_two_ranks
 from training.objective import Objective, total_loss
 from training.planning.costs import WAYS, Costs, Step
 from training.planning.losses import Message, messages
 from training.planning.subjects import Subjects
 from training.stages import Workshop
 
-RANKS, SAMPLES = 2, 4
+SAMPLES = 4
 SHARDED = ("siglip", "mae", "moco", "dinov2")
 
 
@@ -67,8 +67,7 @@ def is_sent(transfer: distributed.P2POp) -> bool:
 
 def run_rank(rank: int, folder: Path, port: int) -> None:
     """What one of two processes does: a step of each objective by DDP, and of some by FSDP."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    as_launched(rank, port)
     distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
     sent, told = Sent(), {}
     for name in (*CASES, "language"):
@@ -94,7 +93,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Bytes by kind that the first of two processes brought, by objective."""
     folder = tmp_path_factory.mktemp("sent")
-    multiprocessing.spawn(run_rank, (folder, free_port()), nprocs=RANKS)
+    on_two_ranks(run_rank, folder, free_port())
     return dict(json.loads((folder / "sent.json").read_text()))
 
 

@@ -1,19 +1,16 @@
 """Two processes train as one does on the joined batch: every objective, through the one trainer, over gloo."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from serving.engine import free_port
+from tests.ranks import as_launched, on_two_ranks
 from tests.test_pretraining import CASES, gradients_of_a_step, stage_of
 from tests.tiny import make_tiny_tokenizer
 from training.config import TowerStage
-
-RANKS = 2
 
 
 def deterministic(name: str, settings: dict[str, Any] | None = None, **schedule: Any) -> TowerStage:
@@ -35,9 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def train_as(rank: int, runs: Path, port: int, plans: list[tuple[str, str, dict[str, Any]]]) -> None:
     """What one of two processes does: the first step of each plan; the first rank keeps the gradients."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    as_launched(rank, port)
     for title, name, changes in plans:
         gradients = gradients_of_a_step(deterministic(name, **changes), runs, runs / f"{title}-{rank}")
         if rank == 0:
@@ -52,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plans: list[tuple[str, str, dict[str, Any]]] = [(f"{name}-at-once", name, {"batch_size": 4}) for name in CASES]
     plans += [(f"{name}-in-parts", name, {"batch_size": 2, "accumulation": 2}) for name in CASES]
     plans += [(title, name, {"batch_size": 4, "settings": said}) for title, (name, said) in VARIANTS.items()]
-    multiprocessing.spawn(train_as, (folder, free_port(), plans), nprocs=RANKS)
+    on_two_ranks(train_as, folder, free_port(), plans)
     return folder
 
 

@@ -1,19 +1,19 @@
 """Weights that FSDP spreads over two processes train as whole ones do, and are whole again for an export."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, set_seed
 
 from serving.engine import free_port
+from tests.ranks import RANKS, as_launched, on_two_ranks
 from tests.test_pretraining_ranks import deterministic
 from tests.tiny import make_tiny_tokenizer
 from training.data.samples import Mixture, Views
@@ -22,7 +22,6 @@ from training.sharding import gather_weights, is_sharded, load_whole_weights
 from training.stages import Workshop, build_tower_objective, opened
 from training.trainer import freeze_all_but
 
-RANKS = 2
 SAMPLES = 8
 STEPS = 2
 NAMES = ("siglip", "mae", "moco", "dinov2")
@@ -55,8 +54,7 @@ def trained(objective: Objective, samples: Mixture[Any], rank: int, ranks: int) 
 
 def train_sharded(rank: int, runs: Path, port: int) -> None:
     """What one of two processes does: each layer and the rest sharded, trained, made whole and exported."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    as_launched(rank, port)
     init_process_group("gloo", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     for name in NAMES:
@@ -87,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each objective exported after two steps on two ranks."""
     folder = tmp_path_factory.mktemp("sharded")
     make_tiny_tokenizer(tmp_path_factory.mktemp("words")).save_pretrained(folder / "tokenizer" / "output")
-    multiprocessing.spawn(train_sharded, (folder, free_port()), nprocs=RANKS)
+    on_two_ranks(train_sharded, folder, free_port())
     return folder
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -24,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 from transformers import TrainerState
 
+from tests.ranks import processes
 from tests.small_runs import assert_same_weights, logged, small_run, small_stage, weights_in
 from tests.test_pretraining import write_streamed_tars
 from tests.tiny import make_tiny_language_model, make_tiny_tokenizer
@@ -73,14 +73,6 @@ def run_until_stopped(folder: Path) -> None:
         os._exit(130)
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Starts children that need not import anything again."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_trainer"])
-    return context
-
-
 def run_and_be_killed(folder: Path, steps: int, seed: int) -> None:
     """The same, killed in its first or second save: at a random one of the save's file operations or just behind it."""
     generator = random.Random(seed)
@@ -101,12 +93,12 @@ def run_and_be_killed(folder: Path, steps: int, seed: int) -> None:
     saving_run(folder, steps)
 
 
-def assert_survives(kills: int, folder: Path, processes: Any) -> None:
+def assert_survives(kills: int, folder: Path) -> None:
     """After so many kills, each at a random moment of saving, a last run ends with the uninterrupted one's weights."""
     steps, left_behind = 2 * kills + 2, 0
     run = folder / "killed"
     for seed in range(kills):
-        process = processes.Process(target=run_and_be_killed, args=(run, steps, seed))
+        process = processes().Process(target=run_and_be_killed, args=(run, steps, seed))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -121,13 +113,13 @@ def assert_survives(kills: int, folder: Path, processes: Any) -> None:
     assert losses == series(RunLog(folder / "whole" / "log.jsonl").lines(steps), "loss")[1]
 
 
-def test_three_kills_while_saving_change_nothing(tmp_path: Path, processes: Any) -> None:
-    assert_survives(3, tmp_path, processes)
+def test_three_kills_while_saving_change_nothing(tmp_path: Path) -> None:
+    assert_survives(3, tmp_path)
 
 
 @pytest.mark.slow
-def test_thirty_kills_while_saving_change_nothing(tmp_path: Path, processes: Any) -> None:
-    assert_survives(30, tmp_path, processes)
+def test_thirty_kills_while_saving_change_nothing(tmp_path: Path) -> None:
+    assert_survives(30, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +161,11 @@ def test_no_run_begins_again_in_silence(whole: Path, tmp_path: Path) -> None:
         saving_run(folder)
 
 
-def test_no_room_keeps_the_checkpoint_before_and_says_so(tmp_path: Path, processes: Any) -> None:
+def test_no_room_keeps_the_checkpoint_before_and_says_so(tmp_path: Path) -> None:
     """Weights that do not fit, and a log that does not: plain words, no half checkpoint, and then it goes on."""
     for name, room, words in (("weights", 30_000, "the checkpoint of step 3 could not be written"), ("log", 200, "")):
         folder = tmp_path / name
-        process = processes.Process(target=run_without_room, args=(folder, room))
+        process = processes().Process(target=run_without_room, args=(folder, room))
         process.start()
         process.join()
         said = (folder / "said.txt").read_text()
@@ -188,9 +180,9 @@ def test_no_room_keeps_the_checkpoint_before_and_says_so(tmp_path: Path, process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_saves_first(number: signal.Signals, tmp_path: Path, processes: Any) -> None:
+def test_a_stop_saves_first(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C, or a machine that shuts down: a checkpoint of the step it came to, though none was due."""
-    process = processes.Process(target=run_until_stopped, args=(tmp_path,))
+    process = processes().Process(target=run_until_stopped, args=(tmp_path,))
     process.start()
     while not (tmp_path / "log.jsonl").is_file() or len(logged(tmp_path, "loss")) < 3:
         assert process.is_alive()
