@@ -14,7 +14,7 @@ import pytest
 from scene_reader import Seen, border, components, matching, nearest, read, see
 
 from training.data.scene_facts import BACKGROUNDS, COLOURS, SHAPES, WORDS
-from training.data.scenes import EVALUATION_SEED, SCENE_KINDS, Scene, SceneKind, make_scene
+from training.data.scenes import EVALUATION_SEED, SCENE_KINDS, Scene, SceneKind, make_scene, words_of_scene
 
 FINGERPRINT = """
 import hashlib
@@ -66,6 +66,13 @@ def test_seeds_differ_and_words_do_not_depend_on_the_side_or_on_naming_the_kind(
         again, larger = make_scene(scene.seed, kind=kind), make_scene(scene.seed, side=256)
         assert again.image.tobytes() == scene.image.tobytes()
         assert (larger.captions, larger.questions) == (scene.captions, scene.questions)
+
+
+def test_words_alone_are_those_of_the_drawn_scene(many: list[Scene]) -> None:
+    for scene in many:
+        assert words_of_scene(scene.seed) == (scene.captions, scene.questions)
+    page = make_scene(7, kind="page")
+    assert words_of_scene(7, "page") == (page.captions, page.questions) != words_of_scene(7)
 
 
 @pytest.mark.parametrize("first", [0, EVALUATION_SEED])

@@ -41,7 +41,7 @@ from training.data.lesson_judge import LessonJudge
 from training.data.mixing import mixture_plan
 from training.data.pictures import DataError, PictureSet, read_rows
 from training.data.samples import Mixture, Views, kept_aside
-from training.data.scenes import make_scene
+from training.data.scenes import words_of_scene
 from training.data.sources import open_pictures, tars_of
 from training.data.tar_streams import StreamedViews, TarStream
 from training.data.texts import TextBlocks, TextRow, read_texts
@@ -264,16 +264,17 @@ def text_sources(
 
 def _text_rows(source: TextSource, shards: dict[str | None, list[TextRow]]) -> list[TextRow]:
     if source.scenes is not None:
-        scenes = (make_scene(seed) for seed in range(source.scenes))
-        return [TextRow("scenes", None, text) for scene in scenes for text in _scene_texts(scene)]
+        texts = (text for seed in range(source.scenes) for text in _scene_texts(seed))
+        return [TextRow("scenes", None, text) for text in texts]
     rows = [row for row in shards[source.shard] if source.source in (None, row.source)]
     if not rows:
         raise DataError(f"no row of {source.shard} has source {source.source!r}")
     return rows
 
 
-def _scene_texts(scene: Any) -> list[str]:
-    return [*scene.captions, *(f"{question.question} {question.answer}" for question in scene.questions)]
+def _scene_texts(seed: int) -> list[str]:
+    captions, questions = words_of_scene(seed)
+    return [*captions, *(f"{question.question} {question.answer}" for question in questions)]
 
 
 def opened(sources: Sequence[PictureSource], side: int, workshop: Workshop, first_scene: int) -> tuple[PictureSet, ...]:

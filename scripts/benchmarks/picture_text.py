@@ -15,7 +15,7 @@ from assistant.towers import TextShape, clip_tokenizer, new_image_processor, new
 from scripts.benchmarks.measuring import Pair
 from scripts.benchmarks.peer_weights import for_open_clip
 from scripts.benchmarks.workbench import Workbench
-from training.data.scenes import make_scene
+from training.data.scenes import words_of_scene
 from training.objective import Start
 from training.objectives import clip, siglip
 from training.picture_text import PictureTextObjective
@@ -117,7 +117,7 @@ def _captions(count: int) -> list[str]:
     captions: dict[str, None] = {}
     seed = 0
     while len(captions) < count:
-        captions.update(dict.fromkeys(make_scene(seed).captions))
+        captions.update(dict.fromkeys(words_of_scene(seed)[0]))
         seed += 1
     return list(captions)[:count]
 
