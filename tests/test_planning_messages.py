@@ -24,6 +24,10 @@ from training.planning.subjects import Subjects
 from training.stages import Workshop
 
 SAMPLES = 4
+STAGES = {name: stage_of(name) for name in CASES} | {
+    "dino with KoLeo": stage_of("dino", settings=CASES["dino"][0] | {"koleo_weight": 0.1}),
+    "dinov2 without": stage_of("dinov2", settings=CASES["dinov2"][0] | {"koleo_weight": 0.0}),
+}
 SHARDED = ("siglip", "mae", "moco", "dinov2")
 
 
@@ -70,8 +74,8 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     as_launched(rank, port)
     distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
     sent, told = Sent(), {}
-    for name in (*CASES, "language"):
-        subject = prepared_language(SAMPLES) if name == "language" else prepared(stage_of(name), SAMPLES)
+    for name in (*STAGES, "language"):
+        subject = prepared_language(SAMPLES) if name == "language" else prepared(STAGES[name], SAMPLES)
         model = DistributedDataParallel(subject.objective, find_unused_parameters=True)
         # By the hook the reducer calls torch.distributed from Python, where it can be counted.
         model.register_comm_hook(None, default_hooks.allreduce_hook)
@@ -99,7 +103,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
 
 def costs_of(name: str) -> Costs:
     """The formulas for a small objective."""
-    stage = stage_of(name)
+    stage = STAGES[name]
     return Costs(stage, Subjects(Workshop(Path("nowhere"), None)).objective(stage))
 
 
@@ -119,7 +123,7 @@ def planned_messages(costs: Costs, way: int) -> list[Message]:
     return told[: len(told) - own] + messages(costs.objective, costs.batch(step), scale=14.3)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_step_sends_to_the_byte_what_the_formulas_say(name: str, sent: dict[str, dict[str, int]]) -> None:
     assert sent[name] == by_kind(planned_messages(costs_of(name), way=0))
 

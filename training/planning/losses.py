@@ -227,14 +227,21 @@ def _messages(objective: Objective, batch: Batch, scale: float) -> Iterator[Mess
             yield from _norms(objective.teacher_projector.model, ranks, "batch norm of the teacher", 2, back=False)
         case DinoV2Objective():
             prototypes, kinds = objective.settings.prototypes * FULL, 2
-            features = n * objective.tower.width * FULL
             yield Message("all-gather", prototypes, "highest scores", kinds)
             rounds = kinds * objective.settings.sinkhorn_iterations
             yield Message("all-reduce", prototypes, "sums of Sinkhorn-Knopp", rounds)
-            yield Message("all-gather", features, "features for KoLeo", LARGE_CROPS)
-            yield Message("all-reduce", ranks * features, "gradients of KoLeo", LARGE_CROPS)
+            yield from _koleo(objective, batch)
         case DinoObjective():
             yield Message("all-reduce", objective.settings.prototypes * FULL, "centre")
+            yield from _koleo(objective, batch)
+
+
+def _koleo(objective: SelfDistillation, batch: Batch) -> Iterator[Message]:
+    """What is sent where pooled outputs are spread: those of the large crops, and their gradients."""
+    if objective.settings.koleo_weight:
+        features = batch.samples * objective.tower.width * FULL
+        yield Message("all-gather", features, "features for KoLeo", LARGE_CROPS)
+        yield Message("all-reduce", batch.ranks * features, "gradients of KoLeo", LARGE_CROPS)
 
 
 def _norms(head: nn.Module, ranks: int, what: str, views: int = 1, back: bool = True) -> Iterator[Message]:
