@@ -1,14 +1,16 @@
 """Time one task through vLLM and here in the process with transformers, with the same scores.
 
-Example, on a quiet machine: python scripts/bench_evaluation.py --limit 100 --threads 2 --out evaluation.json
+Example, on a quiet machine: python scripts/bench_evaluation.py --limit 100 --threads 2 --rounds 5 --out evaluation.json
 """
 
 import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal
 
 import torch
@@ -45,15 +47,19 @@ class Timed:
         return self.questions / self.seconds
 
 
-def timed(asked: TaskItems, predictor: Predictor, folder: Path, name: str) -> Timed:
-    """Ask the first questions for warming up, then all others by the clock."""
-    slug = name.replace(" ", "-").replace(",", "")
-    predictor.predict(asked, asked.items[:WARM_UP], lambda prediction: None)
-    rest = TaskItems(asked.name, asked.task, asked.items[WARM_UP:], asked.pictures, 0, asked.sha256)
+def parts_of(asked: TaskItems, rounds: int) -> list[TaskItems]:
+    """The questions behind those for warming up in `rounds` parts: vLLM keeps prompts, and none is to come twice."""
+    items = asked.items[WARM_UP:]
+    edges = [round(len(items) * number / rounds) for number in range(rounds + 1)]
+    return [replace(asked, items=items[start:end], left_out=0) for start, end in pairwise(edges)]
+
+
+def timed(asked: TaskItems, predictor: Predictor, file: Path) -> Timed:
+    """Ask all of `asked` by the clock; the answers go to `file`."""
     start = time.perf_counter()
-    stored, count = answer_task(rest, predictor, folder / f"{slug}.jsonl", {})
+    stored, count = answer_task(asked, predictor, file, {})
     seconds = time.perf_counter() - start
-    return Timed(seconds, count, findings_of(rest, stored, partial=False))
+    return Timed(seconds, count, findings_of(asked, stored, partial=False))
 
 
 def scores_of(findings: TaskFindings) -> dict[str, float | None]:
@@ -88,6 +94,7 @@ def main(
     at_once: Annotated[int, typer.Option(min=1, help="Questions on the way to vLLM.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="Threads of transformers.")] = os.cpu_count() or 1,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Arithmetic of all.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Parts of the questions; the ways take turns.")] = 1,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write all figures there, as JSON.")] = None,
 ) -> None:
     """Ask the same questions through vLLM, several at once, and with transformers' generate, alone and in batches.
@@ -98,18 +105,26 @@ def main(
     asked = open_task(task, data, limit)
     for place in range(len(asked.pictures)):
         asked.pictures[place]
-    found: dict[str, Timed] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        assistant = Assistant.load(model, getattr(torch, dtype))
-        found["transformers, one at a time"] = timed(asked, InProcess(assistant, 1), folder, "one")
-        found[f"transformers, {at_once} at once"] = timed(asked, InProcess(assistant, at_once), folder, "batched")
-        with LocalEngine(find_model(model), "measured", dtype=dtype) as engine:
-            engine.wait_until_ready(SECONDS_TO_START)
-            settings = EndpointSettings(f"{engine.base_url}/v1", key=str(engine.api_key), at_once=at_once)
-            found[f"vLLM, {at_once} at once"] = timed(asked, Endpoint(settings), folder, "vllm")
+    assistant = Assistant.load(model, getattr(torch, dtype))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalEngine(find_model(model), "measured", dtype=dtype) as engine,
+    ):
+        engine.wait_until_ready(SECONDS_TO_START)
+        settings = EndpointSettings(f"{engine.base_url}/v1", key=str(engine.api_key), at_once=at_once)
+        ways: dict[str, Predictor] = {
+            "transformers, one at a time": InProcess(assistant, 1),
+            f"transformers, {at_once} at once": InProcess(assistant, at_once),
+            f"vLLM, {at_once} at once": Endpoint(settings),
+        }
+        for way in ways.values():
+            way.predict(asked, asked.items[:WARM_UP], lambda prediction: None)
+        found: dict[str, list[Timed]] = {name: [] for name in ways}
+        for number, part in enumerate(parts_of(asked, rounds)):
+            for place, (name, way) in enumerate(ways.items()):
+                found[name].append(timed(part, way, Path(folder) / f"{number}-{place}.jsonl"))
     try:
-        alike = require_same(found, dtype)
+        alike = [require_same({name: ones[part] for name, ones in found.items()}, dtype) for part in range(rounds)]
     except Disagreement as error:
         raise typer.BadParameter(str(error), param_hint="this comparison") from error
     report = told(found, alike) | {"task": task, "dtype": dtype, "machine": machine(torch.device("cpu"))}
@@ -117,23 +132,24 @@ def main(
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def told(found: dict[str, Timed], alike: dict[str, float]) -> dict[str, Any]:
-    """Prints a line for each way, and gives all of it for JSON."""
-    slowest = next(iter(found.values())).rate
+def told(found: dict[str, list[Timed]], alike: list[dict[str, float]]) -> dict[str, Any]:
+    """Prints a line for each way, and gives all of it for JSON: medians over the parts, and the ratios of each."""
+    slowest = next(iter(found.values()))
     report: dict[str, Any] = {}
-    for name, one in found.items():
-        told = {
-            "seconds": one.seconds,
-            "questions": one.questions,
-            "questions_a_second": one.rate,
-            "times_as_fast": one.rate / slowest,
-            "answers_alike": alike.get(name, 1.0),
-            "scores": scores_of(one.findings),
+    for name, ones in found.items():
+        ratios = sorted(one.rate / first.rate for one, first in zip(ones, slowest, strict=True))
+        same = [part.get(name, 1.0) for part in alike]
+        scores = [scores_of(one.findings) for one in ones]
+        report[name] = {
+            "questions": [one.questions for one in ones],
+            "questions_a_second": [one.rate for one in ones],
+            "times_as_fast": ratios,
+            "answers_alike": same,
+            "scores": scores,
         }
-        report[name] = told
         typer.echo(
-            f"{name}: {one.rate:.2f} questions a second, {told['times_as_fast']:.2f} x, "
-            f"{told['answers_alike']:.1%} of the answers alike, {told['scores']}"
+            f"{name}: {median(one.rate for one in ones):.2f} questions a second, {median(ratios):.2f} x "
+            f"({ratios[0]:.2f}-{ratios[-1]:.2f}), at least {min(same):.1%} of the answers alike, {scores[0]}"
         )
     return {"ways": report}
 

@@ -201,7 +201,8 @@ def test_a_question_about_a_picture_is_answered_piece_by_piece(page: Page, engin
         ask(page, LONG_QUESTION)
         wait_for_answer(page)
     lengths = page.evaluate("[...window.lengths]")
-    assert len(lengths) > 10, f"the answer came in one piece: {lengths}"
+    # Events come eight times a second, and a busy machine draws some together.
+    assert len(lengths) > 5, f"the answer came in one piece: {lengths}"
 
 
 def settled_answer(page: Page) -> str:
