@@ -590,6 +590,16 @@ def test_koleo_is_added_for_the_large_crops_and_only_where_it_has_a_weight(name:
     torch.testing.assert_close(objective(**batch)["koleo_loss"], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["dino", "dinov2"])
+def test_one_sample_has_no_neighbour_in_training_and_is_passed_over_where_it_is_only_looked_at(name: str) -> None:
+    """Held-out samples that a batch leaves over must not end a run of hours."""
+    objective = tiny_objective(name, koleo_weight=0.1)
+    batch = objective.collate(samples_of(objective, 1))
+    with pytest.raises(ValueError, match="one has no neighbour; raise the batch size"):
+        objective(**batch)
+    assert "koleo_loss" not in objective.eval()(**batch)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_dinov2_is_the_sum_of_its_formulas(separate: bool) -> None:
     """Loops and lightly's KoLeo on the outputs of the tower, crop by crop and patch by patch."""

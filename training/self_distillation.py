@@ -15,6 +15,7 @@ from assistant.towers import Tower
 from training.data.augment import multi_crop
 from training.data.pictures import Picture
 from training.distillation_losses import koleo_loss
+from training.gather import ranks
 from training.heads import PrototypeHead
 from training.objective import TrainsTower, Watched, WholeBatchObjective, check_side, mask_token_names
 from training.schedules import cosine, warm_up
@@ -131,8 +132,13 @@ class SelfDistillation(TrainsTower, WholeBatchObjective):
         return torch.cat([pooled, behind.unflatten(0, small.shape[:2])], dim=1)
 
     def spreading(self, student: Tensor) -> dict[str, Tensor]:
-        """KoLeo of pooled outputs (B, 2 + n, D), each large crop among those of its place; nothing at a weight of 0."""
-        if not self.settings.koleo_weight:
+        """KoLeo of pooled outputs (B, 2 + n, D), each large crop among those of its place; nothing at a weight of 0.
+
+        Nothing either for one sample that is left over when held-out ones are looked at. Raises ValueError for one in
+        training: it has no neighbour.
+        """
+        alone = not self.training and len(student) * ranks() < 2
+        if alone or not self.settings.koleo_weight:
             return {}
         koleo = torch.stack([koleo_loss(student[:, crop]) for crop in range(LARGE_CROPS)]).sum()
         return {"koleo_loss": self.settings.koleo_weight * koleo}
