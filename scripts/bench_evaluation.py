@@ -149,7 +149,8 @@ def told(found: dict[str, list[Timed]], alike: list[dict[str, float]]) -> dict[s
         }
         typer.echo(
             f"{name}: {median(one.rate for one in ones):.2f} questions a second, {median(ratios):.2f} x "
-            f"({ratios[0]:.2f}-{ratios[-1]:.2f}), at least {min(same):.1%} of the answers alike, {scores[0]}"
+            f"({ratios[0]:.2f}-{ratios[-1]:.2f}), at least {min(same):.1%} of the answers alike; "
+            f"of the first part {scores[0]}"
         )
     return {"ways": report}
 

@@ -127,11 +127,9 @@ def untrained(family: str, workshop: Workshop) -> str:
     return name
 
 
-def row_of(name: str, workshop: Workshop, steps: int) -> dict[str, Any]:
-    """What the table says of the finished tower called `name`."""
+def row_of(name: str, reads: bool, workshop: Workshop, steps: int) -> dict[str, Any]:
+    """What the table says of the finished tower called `name`, and of its texts where it `reads`."""
     folder = workshop.runs / name
-    trained = PLANS.get(name)
-    reads = (trained.objective if trained else name.removeprefix("untrained ")) in READERS
     wanted = Wanted("caltech101-train", "caltech101-test", PAIRS if reads else None, features="both")
     report = measure_tower(folder / "output", wanted, workshop.data_folder())
     scores = {(score["measure"], score["features"]): 100 * score["right"] for score in report["scores"]}
@@ -180,10 +178,10 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", param_hint="--only")
     try:
         for family in sorted({PLANS[name].family for name in names}):
-            tell(row_of(untrained(family, workshop), workshop, 0), runs)
+            tell(row_of(untrained(family, workshop), family in READERS, workshop, 0), runs)
         for name in names:
             run_stage(stage_of(name, pictures, batch, workshop.runs / CACHE), workshop)
-            tell(row_of(name, workshop, pictures // batch), runs)
+            tell(row_of(name, PLANS[name].objective in READERS, workshop, pictures // batch), runs)
     except DataError as error:
         raise typer.BadParameter(str(error), param_hint="--data") from error
 

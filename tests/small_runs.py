@@ -90,3 +90,10 @@ def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     assert first.keys() == second.keys()
     different = [name for name, weight in first.items() if not torch.equal(weight, second[name])]
     assert different == []
+
+
+def assert_same_gradients(first: dict[str, Tensor], second: dict[str, Tensor], absolute: float = 1e-6) -> None:
+    """Of the same parameters, and equal but for the order of additions."""
+    assert first.keys() == second.keys()
+    for name, gradient in second.items():
+        assert torch.allclose(first[name], gradient, rtol=1e-3, atol=absolute), name

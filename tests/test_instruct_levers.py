@@ -13,6 +13,7 @@ from assistant.chat import encode_conversation
 from assistant.checkpoint import load_llava
 from serving.engine import free_port
 from tests.ranks import as_launched, on_two_ranks
+from tests.small_runs import assert_same_gradients
 from tests.test_training import lessons, view
 from tests.tiny import make_tiny_llava
 from training.config import Schedule
@@ -52,12 +53,6 @@ def gradients(objective: InstructObjective, batch: dict[str, Any]) -> tuple[floa
     return float(loss), found
 
 
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert torch.allclose(ours[name], gradient, rtol=1e-3, atol=1e-6), name
-
-
 def test_packed_rows_equal_padded_rows(folder: Path) -> None:
     """Several turns about a picture, none, two pictures, a dialogue: the loss of each, and every gradient of all."""
     padded, packed = objective_on(folder), objective_on(folder, packing=True)
@@ -74,7 +69,7 @@ def test_packed_rows_equal_padded_rows(folder: Path) -> None:
     loss, ours = gradients(packed, row)
     theirs_loss, theirs = gradients(padded, rows)
     assert loss == pytest.approx(theirs_loss, rel=1e-5)
-    assert_same(ours, theirs)
+    assert_same_gradients(ours, theirs)
 
 
 def objective_targets(objective: InstructObjective, lesson: Lesson) -> int:
@@ -162,8 +157,8 @@ def first_gradient(
 def test_accumulation_weighs_every_token_alike(folder: Path, tmp_path: Path) -> None:
     """Two micro-batches of four give the gradient of eight, and four of two as well."""
     whole = first_gradient(folder, tmp_path / "8", 8, 1, uneven_lessons())
-    assert_same(first_gradient(folder, tmp_path / "2x4", 4, 2, uneven_lessons()), whole)
-    assert_same(first_gradient(folder, tmp_path / "4x2", 2, 4, uneven_lessons()), whole)
+    assert_same_gradients(first_gradient(folder, tmp_path / "2x4", 4, 2, uneven_lessons()), whole)
+    assert_same_gradients(first_gradient(folder, tmp_path / "4x2", 2, 4, uneven_lessons()), whole)
 
 
 def test_a_mean_of_means_would_be_another_gradient(folder: Path) -> None:
@@ -205,4 +200,4 @@ def test_two_ranks_equal_one_process_with_texts_on_one_and_pictures_on_the_other
     """Nobody waits for ever, and the gradient is that of all eight lessons in one batch."""
     on_two_ranks(train_as, folder, tmp_path, free_port(), batch_size, accumulation)
     whole = first_gradient(folder, tmp_path / "whole", 8, 1, mixed_lessons())
-    assert_same(torch.load(tmp_path / "gradients.pt"), whole)
+    assert_same_gradients(torch.load(tmp_path / "gradients.pt"), whole)

@@ -8,6 +8,7 @@ import torch
 
 from serving.engine import free_port
 from tests.ranks import as_launched, on_two_ranks
+from tests.small_runs import assert_same_gradients
 from tests.test_pretraining import CASES, gradients_of_a_step, stage_of
 from tests.tiny import make_tiny_tokenizer
 from training.config import TowerStage
@@ -23,6 +24,7 @@ def deterministic(name: str, settings: dict[str, Any] | None = None, **schedule:
     return stage_of(name, backbone=backbone, settings=said, schedule={"steps": 1, **schedule})
 
 
+ROUNDING = 2e-6  # of a gradient
 # What differs from the shipped form of an objective and gathers otherwise, by a title: an objective and its settings.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen": ("dino", {"frozen_prototypes": 1.0}),
@@ -51,25 +53,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def require_equal(ranks: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
-    """All gradients of both ranks are those of one process."""
-    assert whole.keys() == ranks.keys()
-    for key, gradient in whole.items():
-        assert torch.allclose(ranks[key], gradient, rtol=1e-3, atol=2e-6), key
-
-
 @pytest.mark.parametrize("how", ["at-once", "in-parts"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_have_the_gradient_of_one_process(name: str, how: str, runs: Path, tmp_path: Path) -> None:
     """Four samples on each of two ranks give the gradient of eight in one process; also as two times two each."""
-    require_equal(torch.load(runs / f"{name}-{how}.pt"), gradients_of_a_step(deterministic(name), runs, tmp_path))
+    whole = gradients_of_a_step(deterministic(name), runs, tmp_path)
+    assert_same_gradients(torch.load(runs / f"{name}-{how}.pt"), whole, ROUNDING)
 
 
 @pytest.mark.parametrize("title", VARIANTS)
 def test_so_have_variants(title: str, runs: Path, tmp_path: Path) -> None:
     name, settings = VARIANTS[title]
     whole = gradients_of_a_step(deterministic(name, settings), runs, tmp_path)
-    require_equal(torch.load(runs / f"{title}.pt"), whole)
+    assert_same_gradients(torch.load(runs / f"{title}.pt"), whole, ROUNDING)
 
 
 def test_the_optimiser_gets_no_gradient_of_frozen_prototypes(runs: Path) -> None:

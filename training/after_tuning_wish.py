@@ -8,7 +8,7 @@ from typing import Any, Literal
 from training.adapters import LoraSettings
 from training.config import PictureSource, Recipe, RecipeError, Schedule
 from training.data.preference_rows import open_preferences
-from training.preference_stages import PreferenceStage, ReinforceStage, RewardStage
+from training.preference_stages import HELD_OUT, PreferenceStage, ReinforceStage, RewardStage
 from training.teaching import (
     EPOCHS,
     LONGEST,
@@ -25,7 +25,6 @@ SHARE_OF_RATE: dict[Kind, float] = {"preference": 0.25, "reward": 1.0, "reinforc
 STEPS: dict[Kind, int] = {"preference": 300, "reward": 300, "reinforce": 200}  # on scenes, which never end
 BATCH = 8
 SCENES = 1_000_000
-HELD_OUT = 256  # pairs that validate; of a file not more than it has rows, or a small one's few would be asked often
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ def _stage(
         asked = {"scene_kinds": wish.scene_kinds, "questions": wish.questions, "judge": judge}
         tried = {"answers": wish.answers, "temperature": wish.temperature}
         return ReinforceStage.model_validate(said | asked | tried)
+    # Of a file not more than it has rows, or the few of a small one would be asked again and again.
     said |= {"longest": longest, "held_out_samples": min(HELD_OUT, rows or HELD_OUT)} | _sources(wish)
     if wish.kind == "reward":
         return RewardStage.model_validate(said)

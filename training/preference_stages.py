@@ -12,6 +12,7 @@ from training.strict import Strict
 
 # What a schedule may say that only our own trainer does.
 OURS_ALONE = ("final_weight_decay", "compile")
+HELD_OUT = 256  # pairs that validate where a recipe does not say
 
 
 class _AdapterStage(Strict):
@@ -46,7 +47,7 @@ class PairStage(_AdapterStage):
     held_out_pairs: tuple[ConversationSource, ...] = Field(
         (), description="pairs that validate; where nothing is held out, some of each source are kept aside"
     )
-    held_out_samples: int = Field(256, ge=1)
+    held_out_samples: int = Field(HELD_OUT, ge=1)
     longest: int = Field(400, ge=128, description="most tokens of a question with one answer")
 
     @model_validator(mode="after")
