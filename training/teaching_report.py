@@ -120,7 +120,7 @@ def _remarks(asked: Examination) -> list[str]:
     remarks = ["Of each row that was kept aside the first learned answer is asked for, behind the turns before it."]
     remarks.append("An answer is right where it equals the expected one, but for case, punctuation and articles.")
     if count < FEW:
-        remarks.append(f"Only {count} rows were kept aside (those of one picture in 32), so the intervals are wide.")
+        remarks.append(f"Only {count} rows were kept aside, so the intervals are wide.")
     return remarks
 
 

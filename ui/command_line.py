@@ -52,9 +52,19 @@ def kangaroo(
 
 def main() -> None:
     """The entry point of the command `kangaroo`."""
+    _leave_out_what_helps_nobody()
+    app(prog_name="kangaroo")
+
+
+def _leave_out_what_helps_nobody() -> None:
     # Told at each start of a machine without a GPU: that another package would make 4-bit weights quicker there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    app(prog_name="kangaroo")
+    # Told at each load of a SigLIP: that token ids in transformers' own defaults of it lie outside their vocabulary.
+    logging.getLogger("transformers.configuration_utils").addFilter(_is_of_a_model)
+
+
+def _is_of_a_model(record: logging.LogRecord) -> bool:
+    return "(between 0 and 31999), got 4940" not in record.getMessage()
 
 
 if __name__ == "__main__":
