@@ -68,7 +68,7 @@ def small_engine() -> Iterator[SmallEngine]:
 
 def picture_fault(body: dict[str, Any], known: set[str]) -> str | None:
     """What vLLM says of the first picture in a chat that it cannot open; of others it keeps the name in `known`."""
-    for message in body["messages"]:
+    for message in body.get("messages", []):  # an adapter that is to be loaded comes without
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] != "image_url":
                 continue

@@ -82,6 +82,14 @@ def messages_of(client: openai.OpenAI, job: str) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job, limit=100)][::-1]
 
 
+def assert_went_on(told: list[str], steps: int) -> None:
+    """Of what a job told: behind a server's new start it went on, up to its last step, and did not begin anew."""
+    again = told.index("The server was started again; the job goes on from its newest checkpoint")
+    noted = [int(m.split("/")[0].removeprefix("Step ")) for m in told[again:] if m.startswith("Step ")]
+    assert min(noted) > 1
+    assert max(noted) == steps
+
+
 def processes_of(job: str) -> list[psutil.Process]:
     """The running ones whose command line names the job."""
     found = []
@@ -203,16 +211,12 @@ def test_a_job_goes_on_after_the_server_stopped_and_its_model_is_loaded(story: S
     assert job.fine_tuned_model == f"ft:{MODEL}:wallaby:{job.id[-8:]}"
     assert [body["lora_name"] for body in story.asked] == [job.fine_tuned_model]
     told = story.messages[job.id]
-    assert "The server was started again; the job goes on from its newest checkpoint" in told
     assert told[0] == f"Created fine-tuning job: {job.id}"
     assert told[-2:] == [
         f"New fine-tuned model created: {job.fine_tuned_model}",
         "The job has successfully completed",
     ]
-    again = told.index("The server was started again; the job goes on from its newest checkpoint")
-    noted = [int(m.split("/")[0].removeprefix("Step ")) for m in told[again:] if m.startswith("Step ")]
-    assert min(noted) > 1, "it began anew"
-    assert max(noted) == 100
+    assert_went_on(told, 100)
 
 
 @pytest.mark.slow
