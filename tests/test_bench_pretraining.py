@@ -111,6 +111,7 @@ def test_arithmetic_counts_products_and_attention() -> None:
     """A matrix product forward and backward, and torch's CPU attention: 2 products forward, 5 backward."""
     matrix = torch.randn(64, 64, requires_grad=True)
     assert arithmetic(lambda: _back((matrix @ matrix).sum())) == 3 * 2 * 64**3
+    assert arithmetic(lambda: torch.zeros(64, 64).addmm_(matrix.detach(), matrix.detach())) == 2 * 64**3
     heads = torch.randn(2, 4, 50, 16, requires_grad=True)
 
     def attend() -> Tensor:

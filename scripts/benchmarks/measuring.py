@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_flop_count
 
 SHORTEST_SECONDS = 0.2  # what is quicker is done several times in a row, so that the clock and the caches matter little
 
@@ -125,8 +125,13 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
     return sdpa_flop_count(query, key, value) * 5 // 2
 
 
-# torch counts every attention kernel but the CPU's.
-CPU_ATTENTION = {
+def _product_added(added_to: Shape, left: Shape, right: Shape, *rest: Any, **more: Any) -> int:
+    return int(addmm_flop(added_to, left, right))
+
+
+# What torch leaves out of its count: products that are added in place, and the CPU's attention.
+NOT_COUNTED = {
+    torch.ops.aten.addmm_: _product_added,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -134,7 +139,7 @@ CPU_ATTENTION = {
 
 def arithmetic(work: Work) -> int:
     """Floating-point operations of one call in matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
         work()
     return int(counter.get_total_flops())
 
