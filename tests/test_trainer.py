@@ -21,6 +21,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerState
 
 from tests.ranks import processes
@@ -210,6 +211,26 @@ def test_a_second_stop_at_once_is_the_first_one(monkeypatch: pytest.MonkeyPatch)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Interrupted(Dataset[int]):
+    """Each sample is read while Ctrl-C reaches the reading process."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, place: int) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+        return place
+
+
+def test_processes_that_read_ahead_leave_ctrl_c_to_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends it to all of them: they read on for the step that is finished, and say nothing."""
+    with StopRequest() as request:
+        assert [int(place) for place in DataLoader(Interrupted(), num_workers=1)] == [0, 1]
+    assert not request.made
+    assert "finishing this step" not in capfd.readouterr().err
 
 
 class Spoiled:

@@ -15,11 +15,13 @@ HEARD = b"\nfinishing this step, then saving. Ctrl-C again, two seconds from now
 class StopRequest:
     """While it is entered, Ctrl-C or a termination sets `made`; two seconds later another one ends the run at once.
 
-    Outside the main thread, which gets no signals, nothing is ever requested.
+    Outside the main thread, which gets no signals, nothing is ever requested. Processes that were forked meanwhile, as
+    those that read pictures ahead are, get Ctrl-C too and leave it to this one.
     """
 
     def __init__(self) -> None:
         self.made = False
+        self._process = os.getpid()
         self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -35,6 +37,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
         if self.made and time.monotonic() - self._since > SAME_REQUEST:
             raise KeyboardInterrupt
         if not self.made:

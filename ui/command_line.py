@@ -1,6 +1,7 @@
 """The command `kangaroo`: all commands together; each imports what it needs late, so that help is instant."""
 
 import logging
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -61,6 +62,8 @@ def _leave_out_what_helps_nobody() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Told at each load of a SigLIP: that token ids in transformers' own defaults of it lie outside their vocabulary.
     logging.getLogger("transformers.configuration_utils").addFilter(_is_of_a_model)
+    # Told where a recipe reads with more processes than there are cores, twice: they take turns.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 def _is_of_a_model(record: logging.LogRecord) -> bool:

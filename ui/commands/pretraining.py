@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import training
 from ui.commands.shared import GOES_ON, fail, plain_errors, stopping
 
 PANEL = "Pretrain and measure"
@@ -13,17 +14,24 @@ OF_RUNS, OF_RECIPE, OF_SERVING = (
     "With --recipe",
     "With --serve",
 )  # how the options of `plan` stand together
+SHIPPED = sorted(file.stem for file in (Path(training.__file__).parent / "recipes").glob("*.yaml"))
 commands = typer.Typer()
 
 
 @commands.command(
     rich_help_panel=PANEL,
-    epilog="Example: kangaroo train scenes    (needs no data)   or   kangaroo train joey --data pictures/",
+    epilog="Examples: kangaroo train scenes    (needs no data)   or   kangaroo train dino --data pictures/",
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe (scenes, joey) or a .yaml file.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Argument(help=f"A .yaml file, or a shipped recipe: {', '.join(SHIPPED)}.", show_default=False)
+    ],
     data: Annotated[
-        Path | None, typer.Option(envvar="KANGAROO_DATA", help="The folder of Parquet shards that the recipe names.")
+        Path | None,
+        typer.Option(
+            envvar="KANGAROO_DATA",
+            help="A folder of pictures (clip, siglip: with captions.jsonl), or of the shards that the recipe names.",
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Where stages, checkpoints and the result go.")] = Path("runs"),
     stage: Annotated[str | None, typer.Option(help="Run this stage alone, on what those before it left.")] = None,
