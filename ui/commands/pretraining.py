@@ -1,11 +1,11 @@
 """Commands that train by a recipe, and that plan a larger run."""
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import training
 from ui.commands.shared import GOES_ON, fail, plain_errors, stopping
 
 PANEL = "Pretrain and measure"
@@ -14,7 +14,12 @@ OF_RUNS, OF_RECIPE, OF_SERVING = (
     "With --recipe",
     "With --serve",
 )  # how the options of `plan` stand together
-SHIPPED = sorted(file.stem for file in (Path(training.__file__).parent / "recipes").glob("*.yaml"))
+RECIPE = ".yaml"
+SHIPPED = sorted(
+    file.name.removesuffix(RECIPE)
+    for file in files("training").joinpath("recipes").iterdir()
+    if file.name.endswith(RECIPE)
+)
 commands = typer.Typer()
 
 
