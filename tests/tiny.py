@@ -32,7 +32,10 @@ def make_tiny_tokenizer(folder: Path, vocabulary: int = 640) -> PreTrainedTokeni
 
 
 def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
-    """A LLaVA with a SigLIP tower (100 patches), an MLP projector and a Llama, random weights, under a megabyte."""
+    """A LLaVA with a SigLIP tower (100 patches), an MLP projector and a Llama, random weights, under a megabyte.
+
+    Its greedy answers go on until they are stopped, on every kind of processor.
+    """
     torch.manual_seed(seed)
     tokenizer = make_tiny_tokenizer(folder)
     tower = SiglipVisionModel(
@@ -45,7 +48,10 @@ def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
             patch_size=16,
         )
     )
-    save_llava(*join(tower, make_tiny_language_model(tokenizer), tokenizer), folder)
+    language_model = make_tiny_language_model(tokenizer)
+    with torch.no_grad():  # the head is tied to the embeddings: 0 is never the largest of 640 random logits
+        language_model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0
+    save_llava(*join(tower, language_model, tokenizer), folder)
     return folder
 
 
