@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from assistant.adapter_files import load_adapted
 from assistant.answering import Assistant, Request
 from assistant.checkpoint import load_llava
+from tests.pairs import two_pairs
 from tests.shards import write_shards
 from training.checkpoints import newest_whole
 from training.config import RecipeError, read_recipe, rehearsal
@@ -114,7 +115,7 @@ def run(stage: PreferenceStage, folder: Path) -> list[dict[str, Any]]:
 def preferred(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of a run of some steps on two pairs, and its log."""
     folder = tmp_path_factory.mktemp("preferred")
-    return folder, run(stage_on(tiny_model, steps=8), folder)
+    return folder, run(stage_on(tiny_model, steps=8, **two_pairs(folder)), folder)
 
 
 def test_the_margin_grows(preferred: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -155,7 +156,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_was_not(
     shutil.copytree(preferred[0] / "prefer", tmp_path / "prefer")
     shutil.rmtree(tmp_path / "prefer" / "output")
     shutil.rmtree(tmp_path / "prefer" / "checkpoints" / "checkpoint-8")
-    lines = run(stage_on(tiny_model, steps=8), tmp_path)
+    lines = run(stage_on(tiny_model, steps=8, **two_pairs(preferred[0])), tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9), 7, 8]
     first, second = (
         load_file(folder / "prefer" / "output" / "adapter" / "adapter_model.safetensors")

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from assistant.adapter_files import load_adapted
 from assistant.models import ModelError
+from tests.pairs import two_pairs
 from training.data.preferences import Preference
-from training.data.scenes import make_scene
 from training.preference_stages import RewardStage
 from training.reward import RewardObjective, ranked_right, reward_objective, run_reward
 from training.reward_model import HEAD, RewardModel, answer_ends
@@ -80,13 +80,7 @@ def test_exactly_adapter_and_head_train(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_it_learns_to_rank_and_judges_alike_when_loaded(tiny_model: Path, tmp_path: Path) -> None:
     """Behind some steps on two pairs it ranks both right; what is loaded gives the numbers of what was trained."""
-    rows = [{"image": f"{seed}.png", "question": "What is it?", "chosen": "red", "rejected": "blue"} for seed in (1, 2)]
-    for seed in (1, 2):
-        make_scene(seed).image.save(tmp_path / f"{seed}.png")
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    pairs_of = [{"conversations": str(file), "damaged": 0}]
-    stage = stage_on(tiny_model, steps=12, mixture=[], pairs=pairs_of, held_out_pairs=pairs_of)
+    stage = stage_on(tiny_model, steps=12, **two_pairs(tmp_path))
     scores = run_reward(stage, Workshop(tmp_path, None))
     assert scores["ranked_right"] == 1
     untrained, _, held_out = reward_objective(stage, Workshop(tmp_path, None))
