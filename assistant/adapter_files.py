@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaProcessor
 
@@ -17,6 +16,7 @@ from assistant.checkpoint import load_llava, save_llava
 from assistant.hashing import weights_hash
 from assistant.models import ModelError, find_model, read_json
 from assistant.projectors import Llava
+from assistant.weight_files import write_weights
 
 ADAPTER = "adapter"  # the folder, inside a tuned model's, of the adapter that was merged into it
 BASE = "base"  # the folder beside an adapter's of a base that was made for it
@@ -54,8 +54,8 @@ def save_adapter(
     config.base_model_name_or_path = name
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    published = {PREFIX + key.replace(NAME_IN_MODEL, ""): value.contiguous() for key, value in weights.items()}
-    save_file(published, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    published = {PREFIX + key.replace(NAME_IN_MODEL, ""): value for key, value in weights.items()}
+    write_weights(published, folder / SAFETENSORS_WEIGHTS_NAME)
     said = {"base": {"name": name, "weights_sha256": weights_hash(base), "held_in": held_in}}
     (folder / PROVENANCE).write_text(json.dumps(said, indent=2) + "\n")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from assistant.adapter_files import PROVENANCE, check_base, is_adapter, unproven_base, why_only_merged, with_adapter
@@ -14,6 +13,7 @@ from assistant.adapter_layouts import ADAPTER_CONFIG, PREFIX, read_adapter
 from assistant.checkpoint import LAYOUTS, layout_of
 from assistant.models import ModelError
 from assistant.projectors import Llava
+from assistant.weight_files import write_weights
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def write_servable(adapter: Path, base: Path, target: Path) -> ServableAdapter:
         raise ModelError(f"{adapter} cannot be served beside its base: {reason}; merge it (kangaroo merge)")
     target.mkdir(parents=True)
     config.save_pretrained(str(target))
-    weights = {PREFIX + name: value.contiguous() for name, value in named.items()}
-    save_file(weights, target / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_weights({PREFIX + name: value for name, value in named.items()}, target / SAFETENSORS_WEIGHTS_NAME)
     if (adapter / PROVENANCE).is_file():
         shutil.copyfile(adapter / PROVENANCE, target / PROVENANCE)
     ranks = [value.shape[0] for name, value in named.items() if ".lora_A." in name]

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
@@ -27,6 +27,7 @@ from transformers import (
 from assistant.models import ModelError, missing_weights, read_json, require_complete
 from assistant.projectors import Llava
 from assistant.tiles import Processor
+from assistant.weight_files import write_model, write_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 LAYOUTS: dict[str, type[Llava]] = {
@@ -40,12 +41,12 @@ ONE_FILE = "1TB"  # whatever reads and converts our checkpoints finds all weight
 def save_llava(model: Llava, processor: Processor, folder: Path) -> None:
     """Write `model` and `processor` in the layout that is published for them, readable by transformers and by vLLM."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, max_shard_size=ONE_FILE)
+    write_model(model, folder, max_shard_size=ONE_FILE)
     processor.save_pretrained(folder)
     file = folder / "model.safetensors"
     if isinstance(model.model.vision_tower, CLIPVisionModel | SiglipVisionModel):
         weights = {published_key(key): value for key, value in load_file(file).items()}
-        save_file(weights, file, metadata={"format": "pt"})
+        write_weights(weights, file)
 
 
 def published_key(key: str) -> str:
@@ -122,7 +123,7 @@ def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16", "float16
     """Store the weights of `folder` as `dtype` (bfloat16 halves them), and say so in its config."""
     file = folder / "model.safetensors"
     weights = {key: value.to(getattr(torch, dtype)) for key, value in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
+    write_weights(weights, file)
     config = json.loads((folder / "config.json").read_text())
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
         part["dtype"] = dtype

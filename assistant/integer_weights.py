@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from assistant.models import ModelError, read_json
+from assistant.weight_files import write_weights
 
 MATRIX = re.compile(r"language_model\.(model\.)?layers\.\d+\..*_proj\.weight")
 MOST = 127  # symmetric: -128 is left out
@@ -50,7 +51,7 @@ def store_as_integers(folder: Path) -> None:
             weights[key] = value
     if not any(value.dtype is torch.int8 for value in weights.values()):
         raise ModelError(f"{folder}: there is no matrix of a language model in it that could be stored as integers")
-    save_file(weights, file, metadata={"format": "pt"})
+    write_weights(weights, file)
     config = read_json(folder / "config.json") | {"quantization_config": QUANTISATION}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -46,6 +46,7 @@ from assistant.tower_shapes import (
     new_pair,
     output_side,
 )
+from assistant.weight_files import write_model
 
 __all__ = [
     "ResNetShape",
@@ -187,7 +188,7 @@ class Tower(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write what `AutoModel` and `AutoImageProcessor` load: a plain transformers checkpoint."""
-        self.model.save_pretrained(folder)
+        write_model(self.model, folder)
         self.image_processor.save_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from assistant.embeddings import text_ids
 from assistant.towers import Tower
+from assistant.weight_files import write_model
 from training.comparison import share_found
 from training.data.pictures import DataError, Picture
 from training.data.views import mirrors_safely, random_view, square
@@ -152,7 +153,7 @@ class PictureTextObjective(WholeBatchObjective):
 
     def export(self, folder: Path) -> None:
         """A plain `CLIPModel` or `SiglipModel` with its processor, loadable by transformers alone."""
-        self.model.save_pretrained(folder)
+        write_model(self.model, folder)
         self.processor().save_pretrained(folder)
 
     def processor(self) -> CLIPProcessor | SiglipProcessor:

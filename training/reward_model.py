@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from assistant.chat import assistant_message, user_message
@@ -15,6 +15,7 @@ from assistant.pixels import pixels_of
 from assistant.projectors import Llava
 from assistant.tiles import Processor
 from assistant.tower_shapes import output_side
+from assistant.weight_files import write_weights
 from training.data.views import square
 from training.lessons import Lesson
 from training.preference_sets import answer_rows
@@ -54,10 +55,7 @@ class RewardHead(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Beside the weights of the model."""
-        save_file(
-            {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()},
-            folder / HEAD,
-        )
+        write_weights({name: value.float().cpu() for name, value in self.state_dict().items()}, folder / HEAD)
 
     @classmethod
     def load(cls, folder: Path, width: int) -> "RewardHead":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from assistant.weight_files import write_model
 from training.objective import Objective
 from training.supervised_loss import supervised_cross_entropy
 
@@ -43,5 +44,5 @@ class LanguageObjective(Objective):
 
     def export(self, folder: Path) -> None:
         """A plain causal language model with its tokenizer."""
-        self.model.save_pretrained(folder)
+        write_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from assistant.towers import Tower
+from assistant.weight_files import write_weights
 from training.data.augment import mirror, random_crop
 from training.data.pictures import Picture
 from training.objective import Objective, Start, TrainsTower, Watched, check_side, given_tower, mask_token_names
@@ -151,8 +151,7 @@ class MaeObjective(TrainsTower, Objective):
         beside = folder / DECODER_FOLDER
         beside.mkdir(exist_ok=True)
         (beside / DECODER_SETTINGS).write_text(self.settings.model_dump_json(indent=2) + "\n")
-        weights = {name: weight.contiguous() for name, weight in self.decoder.state_dict().items()}
-        save_file(weights, beside / DECODER_WEIGHTS, metadata={"format": "pt"})
+        write_weights(self.decoder.state_dict(), beside / DECODER_WEIGHTS)
 
 
 def build(settings: Settings, start: Start) -> MaeObjective:
