@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from assistant.models import ModelError, missing_weights, read_json, require_complete
+from assistant.models import EMBEDDER, ModelError, missing_weights, read_json, require_complete
 from assistant.projectors import Llava
 from assistant.tiles import Processor
 from assistant.weight_files import write_model, write_weights
@@ -129,6 +129,15 @@ def convert_weights(folder: Path, dtype: Literal["float32", "bfloat16", "float16
         part["dtype"] = dtype
         part.pop("_name_or_path", None)  # where it lay on the machine that trained it is nobody's business
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def keep_embedder(source: Path, target: Path) -> None:
+    """Copy the embedder beside the model in `source` to the one in `target`, where there is one.
+
+    It is a model of its own, so whatever the other one is taught, it still finds and names pictures.
+    """
+    if (source / EMBEDDER).is_dir():
+        copy_model(source / EMBEDDER, target / EMBEDDER)
 
 
 def copy_model(source: Path, target: Path) -> None:

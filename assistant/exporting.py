@@ -1,7 +1,6 @@
 """Write a model in another form for serving: other floats, or a language model in 4 or 8 bits."""
 
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,11 +9,11 @@ import torch
 
 from assistant.adapter_files import PROVENANCE
 from assistant.bitsandbytes_weights import eight_bits, four_bits
-from assistant.checkpoint import convert_weights, load_llava, save_llava
+from assistant.checkpoint import convert_weights, keep_embedder, load_llava, save_llava
 from assistant.hashing import weights_hash
 from assistant.integer_weights import store_as_integers
 from assistant.log_probabilities import TOLERANCE, Arithmetic
-from assistant.models import EMBEDDER, ModelError, read_json
+from assistant.models import ModelError, read_json
 
 Format = Literal["bfloat16", "float32", "int8", "bitsandbytes-4bit", "bitsandbytes-8bit"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -53,8 +52,7 @@ def export_model(source: Path, name: str, form: Format, target: Path) -> None:
         convert_weights(target, arithmetic_of(form))
     if form == "int8":
         store_as_integers(target)
-    if (source / EMBEDDER).is_dir():
-        shutil.copytree(source / EMBEDDER, target / EMBEDDER)
+    keep_embedder(source, target)
     said = {
         "parent": {"name": name, "weights_sha256": weights_hash(source)},
         "export": {"format": form},

@@ -23,7 +23,7 @@ from assistant.adapter_files import (
 )
 from assistant.answering import Assistant, Request
 from assistant.bitsandbytes_weights import four_bits
-from assistant.checkpoint import convert_weights, load_llava, save_llava
+from assistant.checkpoint import convert_weights, keep_embedder, load_llava, save_llava
 from assistant.exporting import require_unquantised
 from assistant.hashing import file_hash, weights_hash
 from assistant.log_probabilities import TOLERANCE, Arithmetic, Reading, apart, read
@@ -86,6 +86,7 @@ def merge(adapter: Path, out: Path, requests: Sequence[Request], base: Path | No
         report = MergeReport(
             len(requests), stored, merging, storing, tolerance, four, only_merged, unproven_base(adapter)
         )
+        keep_embedder(folder, aside)
         _write_provenance(aside, adapter, folder, report)
     return report
 

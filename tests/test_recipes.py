@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from assistant.answering import Assistant, Request
-from assistant.models import EMBEDDER
+from assistant.models import EMBEDDER, JOEY
 from tests.shards import write_shards
 from training.config import (
     RECIPES,
@@ -23,7 +23,7 @@ from training.config import (
 )
 from training.data.pictures import DataError
 from training.data.scenes import make_scene
-from training.recipe import run_recipe, run_stage
+from training.recipe import model_taught, run_recipe, run_stage
 from training.stages import Workshop
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -81,6 +81,14 @@ def test_a_tower_recipe_runs_on_a_folder_of_pictures(name: str, tmp_path: Path) 
     model = tmp_path / "runs" / recipe.name / "model"
     assert AutoModel.from_pretrained(model).config.model_type
     assert len(json.loads((model / "provenance.json").read_text())["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("prefer-joey", JOEY), ("reinforce-joey", JOEY), ("joey-tiles", JOEY), ("joey", None), ("dino", None)],
+)
+def test_a_recipe_knows_which_model_it_goes_on_from(name: str, found: Path | None, tmp_path: Path) -> None:
+    assert model_taught(read_recipe(name), Workshop(tmp_path, None)) == found
 
 
 def test_the_result_answers_and_loads_without_our_code(rehearsed: tuple[Recipe, Path, Path]) -> None:

@@ -30,8 +30,10 @@ from assistant.answering import Assistant, Request
 from assistant.chat import assistant_message, encode_conversation, user_message
 from assistant.checkpoint import load_llava
 from assistant.fusion import join
+from assistant.hashing import file_hash
 from assistant.language_models import load_language_model
-from assistant.models import ModelError
+from assistant.merging import merge
+from assistant.models import EMBEDDER, JOEY, ModelError
 from assistant.projectors import PROJECTORS, Projector, calibrate_projector, picture_features, picture_tokens
 from assistant.towers import ViTShape, load_tower, new_tower
 from tests.question_rows import write_question_rows
@@ -235,6 +237,16 @@ def test_align_on_a_csv_moves_the_projector_alone(rows: Path, tmp_path: Path) ->
     assert {key for key in before if not torch.equal(before[key], after[key])} == {
         key for key in before if key.startswith("multi_modal_projector.")
     }
+
+
+def test_a_taught_joey_still_finds_and_names_pictures(rows: Path, tmp_path: Path) -> None:
+    """The embedder beside the base, which is a model of its own, stands beside the taught and the merged one too."""
+    recipe = teaching_recipe(Wish(None, str(rows), "lora", tmp_path / "out", steps=1, batch_size=1))
+    taught = teach(recipe, tmp_path)
+    merge(taught / "adapter", tmp_path / "merged", [Request("What?", (make_scene(1).image,))])
+    wanted = {file.name: file_hash(file) for file in (JOEY / EMBEDDER).iterdir()}
+    for folder in (taught, tmp_path / "merged"):
+        assert {file.name: file_hash(file) for file in (folder / EMBEDDER).iterdir()} == wanted
 
 
 def test_tune_shows_what_it_will_do_and_does_it(rows: Path, tmp_path: Path) -> None:

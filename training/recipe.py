@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from assistant.checkpoint import convert_weights, copy_model
+from assistant.checkpoint import convert_weights, copy_model, keep_embedder
 from assistant.hashing import file_hash
-from assistant.models import EMBEDDER
+from assistant.models import EMBEDDER, JOEY, find_model
 from training.after_tuning import run_after_tuning
 from training.config import (
     ConversationSource,
@@ -29,7 +29,7 @@ from training.data.pictures import shard_files
 from training.data.sources import name_and_stamp
 from training.lesson_sets import open_conversations
 from training.preference_sets import read_rows_of
-from training.preference_stages import PairStage
+from training.preference_stages import PairStage, PreferenceStage, ReinforceStage
 from training.reporting import require_reporter
 from training.stages import Workshop, run_instruct, run_language, run_tokenizer, run_tower
 
@@ -117,8 +117,23 @@ def publish(recipe: Recipe, workshop: Workshop) -> None:
     if recipe.embedder is not None:
         copy_model(workshop.output(recipe.embedder), folder / EMBEDDER)
         convert_weights(folder / EMBEDDER, recipe.dtype)
+    elif (base := model_taught(recipe, workshop)) is not None:
+        keep_embedder(base, folder)
     convert_weights(folder, recipe.dtype)
     (folder / "provenance.json").write_text(json.dumps(provenance(recipe, workshop), indent=2) + "\n")
+
+
+def model_taught(recipe: Recipe, workshop: Workshop) -> Path | None:
+    """The folder of the finished LLaVA that the published one goes on from; None where it was joined anew."""
+    stages = {stage.name: stage for stage in recipe.stages}
+    stage = stages[recipe.publish]
+    while isinstance(stage, InstructStage | PreferenceStage | ReinforceStage):
+        if stage.start_from is None:
+            return None if isinstance(stage, InstructStage) else JOEY
+        if stage.start_from not in stages:
+            return find_model(workshop.named(stage.start_from))
+        stage = stages[stage.start_from]
+    return None
 
 
 def provenance(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
